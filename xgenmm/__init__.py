@@ -1,0 +1,48 @@
+"""xGen-MM (BLIP-3) in PyTorch: ask questions about pictures, and stream the answers.
+
+import xgenmm
+
+engine = xgenmm.load("demo")
+picture = xgenmm.read_picture("star.png")
+for text in engine.stream(xgenmm.Request("What color is the star?", [picture])):
+    print(text, end="", flush=True)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xgenmm.checkpoint import CheckpointError
+    from xgenmm.engine import Answer, Engine, Request, Usage, load
+    from xgenmm.errors import InputError
+    from xgenmm.images import read_picture
+    from xgenmm.prompts import Message
+    from xgenmm.sampling import SamplingParams
+
+__all__ = [
+    "Answer",
+    "CheckpointError",
+    "Engine",
+    "InputError",
+    "Message",
+    "Request",
+    "SamplingParams",
+    "Usage",
+    "load",
+    "read_picture",
+]
+
+_HOMES = {
+    "CheckpointError": "checkpoint",
+    "InputError": "errors",
+    "Message": "prompts",
+    "SamplingParams": "sampling",
+    "read_picture": "images",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the programs of this package need not wait seconds for the model's.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'engine')}"), name)

@@ -1,0 +1,248 @@
+"""Phi-3 decoder over a static key/value cache, with the additional tokens beside its vocabulary.
+
+Plain PyTorch, the readable truth and the CPU path. Parameter names are those of the released
+checkpoints (`vlm.lang_model.*`). Knows nothing of pictures or text: embeddings in, logits out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from xgenmm.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, [layers, rows, heads, positions, head_dim], allocated once.
+
+    The index along `positions` is the token's position, so a row needs no bookkeeping but its
+    length, and whatever stands behind that length is never seen.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        config: DecoderConfig,
+        rows: int,
+        positions: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "KVCache":
+        """A cache for `rows` sequences of at most `positions` tokens."""
+        shape = (config.num_layers, rows, config.num_heads, positions, config.head_dim)
+        return cls(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    @property
+    def positions(self) -> int:
+        """How many tokens a row can hold."""
+        return self.keys.shape[3]
+
+    def reorder(self, rows: torch.Tensor, length: int) -> None:
+        """Row i becomes what row `rows[i]` was, up to `length` positions: beams change rows so."""
+        for tensor in (self.keys, self.values):
+            tensor[:, :, :, :length] = tensor[:, rows, :, :length]
+
+
+class AdditionalEmbedding(nn.Embedding):
+    """The vocabulary's embedding, with rows of its own for ids from `initial_vocab` on."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.initial_vocab = config.initial_vocab
+        self.additional_embedding = nn.Embedding(config.additional_tokens, config.hidden_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 [...] -> [..., hidden_size]."""
+        additional = ids >= self.initial_vocab
+        known = super().forward(ids.masked_fill(additional, 0))
+        beside = self.additional_embedding((ids - self.initial_vocab).clamp(min=0))
+        return torch.where(additional[..., None], beside, known)
+
+
+class AdditionalLinear(nn.Linear):
+    """The output layer: logits of the first `initial_vocab` ids, then of the additional tokens."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.initial_vocab = config.initial_vocab
+        self.additional_fc = nn.Linear(config.hidden_size, config.additional_tokens)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] -> [..., initial_vocab + additional_tokens]."""
+        known = F.linear(hidden, self.weight[: self.initial_vocab], self.bias[: self.initial_vocab])
+        return torch.cat([known, self.additional_fc(hidden)], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions over the cache."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        step: "Step",
+        layer: int,
+    ) -> torch.Tensor:
+        """[rows, t, hidden_size] -> the same shape; writes to the step's cache, if it has one."""
+        qkv = self.qkv_proj(hidden).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.unbind(2)  # [rows, t, heads, head_dim]
+        query, key = _rotate(query, rotary), _rotate(key, rotary)
+        if step.cache is not None:
+            keys, values = step.cache.keys[layer], step.cache.values[layer]
+            keys[step.rows, :, step.positions] = key
+            values[step.rows, :, step.positions] = value
+            keys, values = keys[:, :, : step.length], values[:, :, : step.length]
+        else:
+            keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        query = query.transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=step.mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SiLU-gated feed-forward, gate and up in one matrix."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] -> [..., hidden_size]."""
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        step: "Step",
+        layer: int,
+    ) -> torch.Tensor:
+        """[rows, t, hidden_size] -> the same shape."""
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, rotary, step, layer)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Phi3Model(nn.Module):
+    """The stack without the output layer; holds the released names `model.*`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = AdditionalEmbedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the tokens of one forward pass stand: the same for every layer.
+
+    rows int64 [rows, 1] and positions int64 [rows, t] index the cache; mask bool
+    [rows, 1, t, length] says which of the first `length` keys a token sees. Without a cache the
+    tokens of the pass see each other and nothing else.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    length: int
+    mask: torch.Tensor
+    cache: KVCache | None
+
+
+class Phi3Decoder(nn.Module):
+    """Embeddings and a cache in, logits out. Prefill and decode are the same call."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Phi3Model(config)
+        self.lm_head = AdditionalLinear(config)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 [...] -> [..., hidden_size]."""
+        return self.model.embed_tokens(ids)
+
+    def forward(
+        self, embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache, length: int
+    ) -> torch.Tensor:
+        """Final hidden states of `embeds`, whose keys and values are written to the cache.
+
+        Args:
+            embeds: [rows, t, hidden_size].
+            positions: int64 [rows, t]. Padding behind a row's end takes the positions that
+                follow; nothing sees them before a later token overwrites them.
+            cache: of as many rows.
+            length: keys to look at, above every position; an int, so that the host need not
+                wait for the device to learn it.
+
+        Returns:
+            [rows, t, hidden_size], normed; `lm_head` makes logits of those one wants.
+        """
+        rows = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
+        mask = visible_keys(positions, length, self.config.window_keys)
+        return self._run(embeds, Step(rows, positions, length, mask, cache))
+
+    def forward_uncached(
+        self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The same in one pass without a cache, as training wants it.
+
+        mask: bool [rows, 1, t, t]; rows, positions and the result are as in `forward`.
+        """
+        rows = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
+        return self._run(embeds, Step(rows, positions, embeds.shape[1], mask, None))
+
+    def _run(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        config = self.config
+        rotary = rotary_angles(step.positions, config.head_dim, config.rope_theta, hidden.dtype)
+        for number, layer in enumerate(self.model.layers):
+            hidden = layer(hidden, rotary, step, number)
+        return self.model.norm(hidden)
+
+
+def visible_keys(positions: torch.Tensor, length: int, window: int) -> torch.Tensor:
+    """bool [rows, 1, t, length]: a token sees itself and the `window` - 1 keys before it."""
+    distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
+    return (distance >= 0) & (distance < window)
+
+
+def rotary_angles(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [rows, t, 1, head_dim] of rotary positions (arXiv 2104.09864, eq. 34)."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = 1.0 / theta ** (pairs / head_dim)
+    angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, :, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of the last axis, Phi-3's layout."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,152 @@
+"""XGenMM: tiles and a prompt in, logits out; composes tower, sampler and decoder.
+
+Holds no state of a request; `engine.py` owns caches and the decode loop.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from xgenmm.config import XGenMMConfig
+from xgenmm.decoder import KVCache, Phi3Decoder
+from xgenmm.prompts import Prompt
+from xgenmm.sampler import PerceiverResampler
+from xgenmm.tiles import Tiles, normalise, padding_mask, regroup
+from xgenmm.vision import build_tower
+
+
+class _VLM(nn.Module):
+    """The three parts under the released names."""
+
+    def __init__(self, config: XGenMMConfig) -> None:
+        super().__init__()
+        self.vision_encoder = build_tower(config.vision)
+        self.vision_tokenizer = PerceiverResampler(
+            config.sampler, config.vision.hidden_size, config.decoder.hidden_size
+        )
+        self.lang_model = Phi3Decoder(config.decoder)
+
+
+class XGenMM(nn.Module):
+    """A vision-language model of any of the released families, on the current default device."""
+
+    def __init__(self, config: XGenMMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vlm = _VLM(config)
+
+    @property
+    def decoder(self) -> Phi3Decoder:
+        """The language model."""
+        return self.vlm.lang_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vlm.lang_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, which is that of all activations."""
+        return self.vlm.lang_model.lm_head.weight.dtype
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[torch.Tensor], cache: KVCache) -> torch.Tensor:
+        """Fused prompts [length, width], one for each row of the cache -> next-token logits.
+
+        Rows may differ in length; each gets what it would get alone. Returns float32
+        [rows, initial_vocab + additional].
+        """
+        lengths = torch.tensor([prompt.shape[0] for prompt in prompts], device=self.device)
+        embeds = pad_sequence(list(prompts), batch_first=True)
+        rows, longest = embeds.shape[:2]
+        positions = torch.arange(longest, device=self.device).expand(rows, -1)
+        hidden = self.decoder(embeds, positions, cache, longest)
+        return self.logits(hidden[torch.arange(rows, device=self.device), lengths - 1])
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        length: int | None = None,
+    ) -> torch.Tensor:
+        """One decode step: the row's newest token at its position -> the next token's logits.
+
+        Args:
+            tokens, positions: int64 [rows].
+            cache: of as many rows.
+            length: keys to look at, above every position; by default all that the cache holds.
+
+        Returns float32 [rows, initial_vocab + additional].
+        """
+        embeds = self.decoder.embed(tokens)[:, None]
+        hidden = self.decoder(embeds, positions[:, None], cache, length or cache.positions)
+        return self.logits(hidden[:, 0])
+
+    def features(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
+        """Encoder features of each picture, [tiles, patches, width], regrouped for the sampler.
+
+        All tiles of all pictures go through the tower as one batch.
+        """
+        if not pictures:
+            return []
+        pixels = torch.cat([picture.pixels for picture in pictures]).to(self.device)
+        tiles = normalise(pixels, self.config.tiling, self.dtype)
+        features: torch.Tensor = self.vlm.vision_encoder(tiles)
+        parts = features.split([picture.pixels.shape[0] for picture in pictures])
+        return [
+            regroup(part, picture.columns, picture.rows)
+            for part, picture in zip(parts, pictures, strict=True)
+        ]
+
+    def vision_tokens(
+        self,
+        pictures: Sequence[Tiles],
+        features: Sequence[torch.Tensor],
+        prompt: Prompt | None = None,
+    ) -> list[torch.Tensor]:
+        """Vision tokens of each picture, [tiles * num_latents, decoder width].
+
+        prompt: what the instruction-aware sampler reads; the plain one never looks at it.
+        """
+        if not pictures:
+            return []
+        side = self.config.vision.grid
+        masks = torch.cat([padding_mask(picture, side) for picture in pictures]).to(self.device)
+        text = None
+        if prompt is not None and self.config.sampler.text_tokens:
+            text = self.embed_ids(prompt.ids)
+        tokens: torch.Tensor = self.vlm.vision_tokenizer(torch.cat(list(features)), masks, text)
+        parts = tokens.split([part.shape[0] for part in features])
+        return [part.flatten(0, 1) for part in parts]
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Tiles], prompt: Prompt | None = None) -> list[torch.Tensor]:
+        """Pictures -> vision tokens: `features`, then `vision_tokens`."""
+        return self.vision_tokens(pictures, self.features(pictures), prompt)
+
+    def embed_ids(self, ids: Sequence[int]) -> torch.Tensor:
+        """Token ids -> [length, decoder width]."""
+        return self.decoder.embed(torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    @torch.inference_mode()
+    def fuse(self, prompt: Prompt, vision_tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The prompt's embeddings, each picture's run replaced by its vision tokens.
+
+        Returns [positions, decoder width].
+        """
+        embeds = self.embed_ids(prompt.ids)
+        parts, end = [], 0
+        for (start, length), tokens in zip(prompt.spans, vision_tokens, strict=True):
+            parts += [embeds[end:start], tokens.to(embeds.dtype)]
+            end = start + length
+        return torch.cat([*parts, embeds[end:]])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [..., width] -> float32 logits [..., initial_vocab + additional]."""
+        logits: torch.Tensor = self.decoder.lm_head(hidden)
+        return logits.float()

@@ -1,0 +1,98 @@
+"""Perceiver resampler: the features of a tile -> a fixed number of vision tokens.
+
+Flamingo's resampler (arXiv 2204.14198, section 3.1.1) as BLIP-3 uses it, plain and
+instruction-aware, under the parameter names of the released checkpoints
+(`vlm.vision_tokenizer.*`).
+"""
+
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from xgenmm.config import SamplerConfig
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the features and to themselves."""
+
+    def __init__(self, width: int, config: SamplerConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.head_dim
+        self.heads = config.num_heads
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(
+        self, features: torch.Tensor, latents: torch.Tensor, visible: torch.Tensor | None
+    ) -> torch.Tensor:
+        """features [t, n, width], latents [t, m, width], visible bool [t, n + m] -> as latents."""
+        features, latents = self.norm_media(features), self.norm_latents(latents)
+        query = self.to_q(latents)
+        key, value = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
+        query, key, value = (
+            rearrange(x, "t n (h d) -> t h n d", h=self.heads) for x in (query, key, value)
+        )
+        mask = None if visible is None else visible[:, None, None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.to_out(rearrange(out, "t h n d -> t n (h d)"))
+
+
+def _feed_forward(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, 4 * width, bias=False),
+        nn.GELU(),
+        nn.Linear(4 * width, width, bias=False),
+    )
+
+
+class PerceiverResampler(nn.Module):
+    """`num_latents` vision tokens for each tile, projected to the decoder's width."""
+
+    def __init__(self, config: SamplerConfig, width: int, decoder_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.latents = nn.Parameter(torch.randn(config.num_latents, width))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(width, config), _feed_forward(width)])
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, decoder_width)
+        if config.text_tokens:
+            self.text_projection = nn.Sequential(
+                nn.Linear(decoder_width, width), nn.GELU(), nn.Linear(width, width)
+            )
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Features [tiles, n, width] -> vision tokens [tiles, num_latents, decoder_width].
+
+        mask: bool [tiles, n], False for padding, ignored unless the configuration is `masked`;
+            the latents themselves are always visible.
+        text: [length, decoder_width], embeddings of the prompt, of which the first `text_tokens`
+            join the latents as further queries (instruction-aware sampler only).
+        """
+        latents = self.latents.expand(features.shape[0], -1, -1)
+        if self.config.text_tokens and text is not None:
+            instruction = self.text_projection(text[: self.config.text_tokens])
+            instruction = instruction.expand(features.shape[0], -1, -1)
+            latents = torch.cat([latents, instruction], dim=1)
+        visible = None
+        if self.config.masked and mask is not None:
+            visible = F.pad(mask, (0, latents.shape[1]), value=True)
+        for layer in self.layers:
+            attention, feed_forward = cast(nn.ModuleList, layer)
+            latents = latents + attention(features, latents, visible)
+            latents = latents + feed_forward(latents)
+        return self.projection(self.norm(latents[:, : self.config.num_latents]))

@@ -1,0 +1,66 @@
+"""Vision towers: normalised tiles -> patch features.
+
+SigLIP comes from `transformers`, ViT-H from `open_clip`; both are built here without weights,
+under the parameter names of the released checkpoints (`vlm.vision_encoder.*`).
+"""
+
+from functools import partial
+
+import torch
+from open_clip.transformer import QuickGELU, VisionTransformer
+from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from xgenmm.config import VisionConfig
+
+
+class SiglipTower(SiglipVisionModel):
+    """SigLIP; the features are its last hidden state. Its pooling head is loaded and unused."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(
+            SiglipVisionConfig(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+            )
+        )
+        # Not a parameter of the checkpoint, so on the meta device nothing would ever fill it.
+        self.embeddings.register_buffer("position_ids", None)
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[tiles, 3, side, side] -> [tiles, patches, hidden_size]."""
+        patches = self.embeddings.patch_embedding(tiles).flatten(2).transpose(1, 2)
+        hidden = patches + self.embeddings.position_embedding.weight
+        hidden = self.encoder(inputs_embeds=hidden).last_hidden_state
+        return self.post_layernorm(hidden)
+
+
+class OpenClipTower(VisionTransformer):
+    """open_clip's ViT with QuickGELU; the features are its patch tokens, class token dropped."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.hidden_size,
+            layers=config.num_layers,
+            heads=config.num_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            output_dim=config.output_dim,
+            act_layer=QuickGELU,
+            norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        )
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[tiles, 3, side, side] -> [tiles, patches, hidden_size]."""
+        hidden = self.transformer(self._embeds(tiles))
+        return self.ln_post(hidden)[:, 1:]
+
+
+def build_tower(config: VisionConfig) -> SiglipTower | OpenClipTower:
+    """The tower that `config` names, on the current default device."""
+    return SiglipTower(config) if config.tower == "siglip" else OpenClipTower(config)
