@@ -44,9 +44,7 @@ def oracle(decoder: Phi3Decoder) -> Phi3ForCausalLM:
             original_max_position_embeddings=config.max_positions,
             sliding_window=config.window_keys,
             rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
             pad_token_id=0,
-            attn_implementation="eager",
         )
     ).eval()
     state = {
@@ -129,9 +127,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden: XGenMM) -> None:
         params = SamplingParams(max_new_tokens=12)
         expected.append(list(generate(golden, prompt, params, 12, ())))
 
-    cache = KVCache.allocate(
-        golden.config.decoder, 4, 72, device=golden.device, dtype=golden.dtype
-    )
+    cache = KVCache.allocate(golden.config.decoder, 4, 72, device=golden.device, dtype=golden.dtype)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = golden.prefill(prompts, cache).argmax(-1)
     found = [tokens]
@@ -144,9 +140,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden: XGenMM) -> None:
 def test_what_a_row_left_in_the_cache_is_not_seen_by_the_next(golden: XGenMM) -> None:
     torch.manual_seed(7)
     prompt = torch.randn(9, 64)
-    cache = KVCache.allocate(
-        golden.config.decoder, 1, 50, device=golden.device, dtype=golden.dtype
-    )
+    cache = KVCache.allocate(golden.config.decoder, 1, 50, device=golden.device, dtype=golden.dtype)
     clean = golden.prefill([prompt], cache)
     golden.prefill([torch.randn(50, 64)], cache)
     torch.testing.assert_close(golden.prefill([prompt], cache), clean, rtol=0, atol=0)
@@ -177,7 +171,9 @@ def test_full_size_layout_is_the_released_one(manifest: str, release: str) -> No
     with torch.device("meta"):
         model = XGenMM(RELEASES[release])
     assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == expected
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.vlm.named_children()}
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.vlm.named_children()
+    }
     assert parts["lang_model"] == 3_821_130_051
     if "v1.5" in release:
         assert parts["vision_encoder"] == 428_225_600

@@ -20,7 +20,8 @@ from xgenmm.tiles import normalise, tile_picture
 def test_every_golden_case_is_reproduced() -> None:
     folders = [golden_data.folder(name) for name in ("v15_anyres", "v1_instruct", "tokenizer")]
     tokenizer = golden_data.folder("tokenizer") / "checkpoint"
-    command = [sys.executable, "-m", "xgenmm.parity", *folders, "--tokenizer", tokenizer]
+    command = [sys.executable, "-m", "xgenmm.parity", *map(str, folders)]
+    command += ["--tokenizer", str(tokenizer)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "38 passed, 0 failed", done.stdout + done.stderr
     assert done.returncode == 0
@@ -43,7 +44,9 @@ def test_a_difference_above_the_tolerance_fails(tmp_path: Path, stage: str, erro
     assert not case.passed
 
 
-def test_a_wrong_id_fails_and_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_id_fails_and_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copy_with_case(tmp_path, "panorama")
     golden = json.loads((folder / "cases.json").read_text())
     golden["cases"][0]["beam3_ids"][-1] += 1

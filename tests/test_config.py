@@ -1,0 +1,81 @@
+"""Which configuration a checkpoint folder gets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xgenmm.checkpoint import CheckpointError, read_config, releases
+from xgenmm.config import GRIDS_384, INTERLEAVE, RELEASES, ConfigError, from_json
+
+# As released: the base model's config.json says any-resolution all the same.
+RELEASED: dict[str, Any] = {
+    "architectures": ["XGenMMModelForConditionalGeneration"],
+    "text_config": {"initial_tokenizer_len": 32012, "model_type": "phi3", "sliding_window": 2047},
+    "vision_encoder_config": {
+        "anyres_patch_sampling": True,
+        "image_aspect_ratio": "anyres",
+        "model_type": "xgenmm_vision_encoder",
+    },
+    "vision_tokenizer_config": {"model_type": "xgenmm_vision_tokenizer"},
+}
+GRIDS = [list(grid) for grid in GRIDS_384]
+BASE = "xgen-mm-phi3-mini-base-r-v1.5"
+V1 = "xgen-mm-phi3-mini-instruct-r-v1"
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_released_folder_gets_its_record(name: str) -> None:
+    grids = [list(grid) for grid in RELEASES[name].tiling.grids] or None
+    assert from_json(RELEASED, {"grids": grids}, name) == RELEASES[name]
+
+
+def test_every_record_has_a_configuration() -> None:
+    assert set(releases()) == {*RELEASES, "demo"}
+
+
+def test_a_folder_of_another_name_is_told_by_its_files() -> None:
+    v1 = RELEASED | {"architectures": ["Blip3ModelForConditionalGeneration"]}
+    assert from_json(RELEASED, {"grids": GRIDS}) == RELEASES[INTERLEAVE]
+    assert from_json(RELEASED, {"grids": None}) == RELEASES[BASE]
+    assert from_json(v1, {"grids": [[378, 756]]}).vision.tower == "open_clip"
+    assert from_json(v1, {}).text.prompt == "few_shot"
+    with pytest.raises(ConfigError, match="llama"):
+        from_json({"model_type": "llama"}, {})
+
+
+def test_stated_sizes_win() -> None:
+    stated = RELEASED | {"text_config": {"num_hidden_layers": 2, "initial_tokenizer_len": 500}}
+    config = from_json(stated, {"grids": [[42, 84]], "image_mean": [0, 0, 0]})
+    assert config.decoder.num_layers == 2
+    assert config.tiling.grids == ((42, 84),)
+    assert config.tiling.mean == (0, 0, 0)
+    assert next(iter(config.additional_ids.items())) == ("<image>", 500)
+
+
+@pytest.mark.parametrize("folder", [BASE, f"{BASE}-bf16", "blip3-phi3-mini-instruct-r-v1"])
+def test_the_folder_name_says_which_release(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text(json.dumps(RELEASED))
+    (tmp_path / folder / "preprocessor_config.json").write_text("{}")
+    expected = RELEASES[BASE] if folder.startswith(BASE) else RELEASES[V1]
+    assert read_config(tmp_path / folder) == expected
+
+
+def test_a_folder_without_or_with_a_broken_configuration(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="holds list, not an object"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        read_config(tmp_path)
+
+
+def test_demo_says_what_it_is() -> None:
+    config = read_config(Path(__file__).resolve().parent.parent / "weights" / "demo")
+    assert config.demo
+    assert config.text == RELEASES[INTERLEAVE].text
+    assert config.decoder.window_keys == 2048
