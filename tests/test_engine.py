@@ -145,11 +145,34 @@ def test_cancel_ends_before_the_next_token(engine: Engine) -> None:
     assert text(engine, Request("What is it?", [picture()], sampling=params()))  # it goes on
 
 
+def test_cancel_ends_a_search_of_beams(engine: Engine) -> None:
+    settings = params(200, num_beams=3)
+    answer = engine.stream(Request("What is it?", [picture()], sampling=settings))
+    answer.cancel()
+    assert list(answer) == []
+    assert (answer.usage.output_tokens, answer.usage.stop_reason) == (0, "cancelled")
+
+
 def test_an_abandoned_answer_does_not_block_the_next(engine: Engine) -> None:
-    abandoned = iter(engine.stream(Request("What?", [picture()], sampling=params(200))))
+    request = Request("What is it?", [picture()], sampling=params(200))
+    expected = text(engine, request)
+    abandoned = iter(engine.stream(request))
     next(abandoned)
-    del abandoned
-    assert text(engine, Request("What?", [picture()], sampling=params()))
+    assert text(engine, request) == expected
+    assert next(abandoned)
+
+
+def test_special_tokens_are_no_text(engine: Engine) -> None:
+    bias = engine.model.decoder.lm_head.bias
+    user = engine.tokens.id("<|user|>")
+    before = float(bias[user])
+    try:
+        bias[user] = 1e4
+        answer = engine.stream(Request("What is it?", [picture()], sampling=params(3)))
+        assert "".join(answer) == ""
+        assert answer.usage.output_tokens == 3
+    finally:
+        bias[user] = before
 
 
 def test_end_token_ends_the_answer(engine: Engine) -> None:

@@ -1,6 +1,6 @@
 """Requests in, streamed text out: prompt, prefill, decode steps, stopping.
 
-One request at a time; knows nothing of Cog or HTTP. `load` makes an engine of a checkpoint.
+Knows nothing of Cog or HTTP. `load` makes an engine of a checkpoint.
 """
 
 import logging
@@ -80,14 +80,14 @@ class Answer:
 
 
 class Engine:
-    """A loaded checkpoint that answers requests, one at a time, from any thread."""
+    """A loaded checkpoint that answers requests. It keeps no state of them."""
 
     def __init__(self, model: XGenMM, tokens: Tokens) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokens = tokens
         self.config = model.config
         self.end_ids = frozenset(tokens.id(token) for token in self.config.text.stop_tokens)
-        self._lock = threading.Lock()
+        self._special_ids = frozenset(tokens.specials.values())
 
     def stream(self, request: Request) -> Answer:
         """Check the request and begin its answer; the work is done while one iterates.
@@ -156,21 +156,20 @@ class Engine:
         cancelled: threading.Event,
         started: float,
     ) -> Iterator[str]:
-        decoded, stop = self.tokens.stream(), StopText(params.stop_sequences)
-        with self._lock:
-            vision_tokens = self.model.encode(pictures, prompt)
-            embeds = self.model.fuse(prompt, vision_tokens)
-            for token in generate(self.model, embeds, params, limit, self.end_ids):
-                if not usage.output_tokens:
-                    usage.time_to_first_token = time.monotonic() - started
-                usage.output_tokens += 1
-                ended = token in self.end_ids
-                text = stop.push("" if ended else decoded.push(token))
-                usage.tokens_per_second = usage.output_tokens / (time.monotonic() - started)
-                if text:
-                    yield text
-                if ended or stop.stopped or cancelled.is_set():
-                    break
+        decoded, stop, ended = self.tokens.stream(), StopText(params.stop_sequences), False
+        vision_tokens = self.model.encode(pictures, prompt)
+        embeds = self.model.fuse(prompt, vision_tokens)
+        for token in generate(self.model, embeds, params, limit, self.end_ids, cancelled.is_set):
+            if not usage.output_tokens:
+                usage.time_to_first_token = time.monotonic() - started
+            usage.output_tokens += 1
+            usage.tokens_per_second = usage.output_tokens / (time.monotonic() - started)
+            ended = token in self.end_ids
+            # A mark that the model makes up in mid-answer is no text.
+            if token not in self._special_ids and (text := stop.push(decoded.push(token))):
+                yield text
+            if ended or stop.stopped:
+                break
         if cancelled.is_set():
             return
         rest = stop.push(decoded.flush()) + stop.flush()

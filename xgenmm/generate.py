@@ -3,7 +3,7 @@
 Knows nothing of text. Sampling itself is in `sampling.py`; here are the cache and the loop.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
@@ -25,8 +25,9 @@ def generate(
     params: SamplingParams,
     limit: int,
     end_ids: Collection[int],
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
-    """Yield the answer's token ids, at most `limit` of them.
+    """Yield the answer's token ids, at most `limit` of them; none after `cancelled()`.
 
     A single stream goes on past an end id for as long as one asks it to, each token as it is
     made. Beams end at `end_ids` and come all at once, the end id included.
@@ -34,14 +35,19 @@ def generate(
     Args:
         embeds: the fused prompt, [length, decoder width]; `length + limit` fits the context.
         limit: at most `params.max_new_tokens`.
+        cancelled: asked before each step.
     """
     if params.num_beams == 1:
-        return _stream(model, embeds, params, limit)
-    return _search(model, embeds, params, limit, end_ids)
+        return _stream(model, embeds, params, limit, cancelled)
+    return _search(model, embeds, params, limit, end_ids, cancelled)
 
 
 def _stream(
-    model: XGenMM, embeds: torch.Tensor, params: SamplingParams, limit: int
+    model: XGenMM,
+    embeds: torch.Tensor,
+    params: SamplingParams,
+    limit: int,
+    cancelled: Callable[[], bool],
 ) -> Iterator[int]:
     length = embeds.shape[0]
     cache = _cache(model, 1, length + limit)
@@ -54,6 +60,8 @@ def _stream(
         token = next_tokens(scores, settings, uniform[step : step + 1])
         yield int(token)
         seen[0, token] = True
+        if cancelled():
+            return
         if step + 1 < limit:
             position = length + step
             logits = model.decode(token, token.new_tensor([position]), cache, position + 1)
@@ -65,6 +73,7 @@ def _search(
     params: SamplingParams,
     limit: int,
     end_ids: Collection[int],
+    cancelled: Callable[[], bool],
 ) -> Iterator[int]:
     length, device = embeds.shape[0], model.device
     search = BeamSearch(params.num_beams, end_ids, limit)
@@ -77,6 +86,8 @@ def _search(
     seen = torch.zeros_like(logits, dtype=torch.bool)
     while True:
         parents, chosen = search.advance(penalise(logits.log_softmax(-1), seen, settings.penalty))
+        if cancelled():
+            return
         if search.finished:
             break
         rows, tokens = torch.tensor(parents, device=device), torch.tensor(chosen, device=device)

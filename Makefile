@@ -1,0 +1,34 @@
+# `make predict` and `make test` are all a newcomer needs; both make .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+ENVIRONMENT := .venv/.ready
+
+# Given on the command line; handed on through the environment, so any quotes in them are safe.
+export IMAGE QUESTION MODEL PORT
+
+.PHONY: help predict test lint serve clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+predict: $(ENVIRONMENT) ## answer a question: make predict IMAGE=cat.jpg QUESTION="What is it?" MODEL=demo
+	@$(BIN)/python -m scripts.ask --image "$$IMAGE" --question "$$QUESTION" --model "$$MODEL"
+
+test: $(ENVIRONMENT) ## run all tests
+	@$(BIN)/python -m pytest
+
+lint: $(ENVIRONMENT) ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+serve: $(ENVIRONMENT) ## run the HTTP server: make serve MODEL=demo PORT=5000
+	@XGENMM_MODEL="$$MODEL" scripts/serve
+
+clean: ## remove the environment and all caches, but no weights
+	rm -rf .venv .cog .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(ENVIRONMENT): requirements.txt requirements-dev.txt scripts/make_env
+	@scripts/make_env $(PYTHON)
+	@touch $@

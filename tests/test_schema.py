@@ -1,0 +1,113 @@
+"""The files that Cog reads: the schema agrees with predict.py; cog.yaml and the pins are right.
+
+`openapi.json` is what Cog's own generator makes of predict.py: `cog build` leaves it in
+`.cog/openapi_schema.json`. `tests/data/cog-yaml-schema.json` is Cog's schema of cog.yaml (from
+pkg/config/data in its repository).
+"""
+
+import inspect
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import cog
+import jsonschema
+import pytest
+import yaml
+
+from predict import DEFAULT_MODEL, Predictor
+from xgenmm.checkpoint import releases
+from xgenmm.prompts import DEFAULT_SYSTEM_PROMPT
+from xgenmm.sampling import LIMITS, SamplingParams
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = json.loads((ROOT / "openapi.json").read_text())
+INPUTS: dict[str, dict[str, Any]] = SCHEMA["components"]["schemas"]["Input"]["properties"]
+PARAMETERS = {
+    name: parameter
+    for name, parameter in inspect.signature(Predictor.predict).parameters.items()
+    if name != "self"
+}
+JSON_TYPES = {str: "string", cog.Path: "string", int: "integer", float: "number", dict: "object"}
+
+
+def json_type(annotation: Any) -> dict[str, Any]:
+    """What Cog's generator makes of a type that predict.py uses."""
+    if isinstance(annotation, types.UnionType):
+        (given,) = (kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
+        return json_type(given) | {"nullable": True}
+    if typing.get_origin(annotation) is list:
+        return {"type": "array", "items": json_type(typing.get_args(annotation)[0])}
+    kind = typing.get_origin(annotation) or annotation
+    return {"type": JSON_TYPES[kind]} | ({"format": "uri"} if kind is cog.Path else {})
+
+
+def test_form_has_the_inputs_in_order() -> None:
+    order = sorted(INPUTS, key=lambda name: int(INPUTS[name]["x-order"]))
+    assert order == list(PARAMETERS)
+    assert order[:5] == ["image", "images", "question", "system_prompt", "max_new_tokens"]
+    assert "required" not in SCHEMA["components"]["schemas"]["Input"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_form_agrees_with_predict(name: str) -> None:
+    parameter, given = PARAMETERS[name], INPUTS[name]
+    field = parameter.default
+    expected = json_type(parameter.annotation) | {
+        "default": field.default,
+        "description": field.description,
+        "title": name.replace("_", " ").title(),
+        "x-order": list(PARAMETERS).index(name),
+    }
+    optional = {"minimum": field.ge, "maximum": field.le, "x-cog-accept": field.accept}
+    expected |= {key: value for key, value in optional.items() if value is not None}
+    assert given == expected
+
+
+@pytest.mark.parametrize("name", [name for name in LIMITS if name != "seed"])
+def test_form_has_the_limits_of_the_library(name: str) -> None:
+    assert (INPUTS[name]["minimum"], INPUTS[name]["maximum"]) == LIMITS[name]
+    assert INPUTS[name]["default"] == getattr(SamplingParams(), name)
+
+
+def test_form_shows_the_trained_system_prompt() -> None:
+    assert INPUTS["system_prompt"]["default"] == DEFAULT_SYSTEM_PROMPT
+
+
+def test_output_is_text_that_streams() -> None:
+    assert SCHEMA["components"]["schemas"]["Output"]["x-cog-array-display"] == "concatenate"
+    assert SCHEMA["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
+
+
+def test_cog_yaml_is_valid() -> None:
+    config = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    jsonschema.validate(
+        config, json.loads((ROOT / "tests" / "data" / "cog-yaml-schema.json").read_text())
+    )
+    assert config["predict"] == "predict.py:Predictor"
+    assert config["build"]["sdk_version"] == pins()["cog"] == SCHEMA["info"]["version"]
+
+
+def test_default_model_is_a_known_release() -> None:
+    assert DEFAULT_MODEL in releases()
+
+
+def pins() -> dict[str, str]:
+    """Package to exact version, of every line of both requirements files."""
+    found = {}
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            if line.startswith("#") or line == "-r requirements.txt":
+                continue
+            pin = re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
+            assert pin, f"{name}: {line!r} is no exact pin"
+            found[pin[1]] = pin[2]
+    return found
+
+
+def test_requirements_are_exact_and_complete() -> None:
+    needed = {"cog", "torch", "transformers", "open_clip_torch", "einops", "einops-exts"}
+    assert needed | {"pillow", "huggingface_hub"} <= pins().keys()
