@@ -1,5 +1,7 @@
 """Requests to streamed text: prompts, limits, stopping, cancelling, on tiny random checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -162,30 +164,30 @@ def test_an_abandoned_answer_does_not_block_the_next(engine: Engine) -> None:
     assert next(abandoned)
 
 
-def test_special_tokens_are_no_text(engine: Engine) -> None:
-    bias = engine.model.decoder.lm_head.bias
-    user = engine.tokens.id("<|user|>")
-    before = float(bias[user])
+@contextmanager
+def always_saying(engine: Engine, token: str) -> Iterator[None]:
+    """Make `token` the likeliest one at every step."""
+    bias, number = engine.model.decoder.lm_head.bias, engine.tokens.id(token)
+    before = float(bias[number])
+    bias[number] = 1e4
     try:
-        bias[user] = 1e4
+        yield
+    finally:
+        bias[number] = before
+
+
+def test_special_tokens_are_no_text(engine: Engine) -> None:
+    with always_saying(engine, "<|user|>"):
         answer = engine.stream(Request("What is it?", [picture()], sampling=params(3)))
         assert "".join(answer) == ""
-        assert answer.usage.output_tokens == 3
-    finally:
-        bias[user] = before
+    assert answer.usage.output_tokens == 3
 
 
 def test_end_token_ends_the_answer(engine: Engine) -> None:
-    bias = engine.model.decoder.lm_head.bias
-    end = engine.tokens.id("<|end|>")
-    before = float(bias[end])
-    try:
-        bias[end] = 1e4
+    with always_saying(engine, "<|end|>"):
         answer = engine.stream(Request("What is it?", [picture()], sampling=params()))
         assert "".join(answer) == ""
-        assert (answer.usage.stop_reason, answer.usage.output_tokens) == ("end", 1)
-    finally:
-        bias[end] = before
+    assert (answer.usage.stop_reason, answer.usage.output_tokens) == ("end", 1)
 
 
 def test_seed_decides_sampled_text(engine: Engine) -> None:
