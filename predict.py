@@ -1,60 +1,80 @@
-"""The model as Cog sees it: form fields in, pieces of text out.
+"""The model as Cog sees it: form fields in, pieces of text out, for many predictions at once.
 
 `Predictor` only decouples Cog's interface from inference: it turns the form's inputs into a
-`Request`, passes the answer's text on while it is made, and reports what the answer cost. Which
-checkpoint runs, on what and in which precision comes from the environment: `XGENMM_MODEL` (a
-released name, `demo`, or a folder), `XGENMM_DEVICE` and `XGENMM_DTYPE`.
+`Request`, passes the answer's text on while it is made, and reports what the answer cost. The
+environment says the rest: `XGENMM_MODEL` (a released name, `demo`, or a folder), `XGENMM_DEVICE`,
+`XGENMM_DTYPE`, `XGENMM_TIMEOUT` (seconds after which an answer ends where it is), and Cog's own
+`COG_MAX_CONCURRENCY`, which `cog build` takes from the decorator of `predict`.
 
 Cog builds the form from this file without running it and takes texts as they stand here, so every
 description and default is one plain literal without escapes, whatever its length.
 """
 
+import asyncio
+import atexit
+import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
-from cog import BasePredictor, ConcatenateIterator, Input, Path, streaming
+from cog import (
+    BasePredictor,
+    CancelationException,
+    ConcatenateIterator,
+    Input,
+    Path,
+    concurrent,
+    streaming,
+)
 from PIL import Image
 
 import xgenmm
-from xgenmm.engine import Answer, Engine, Request
+from xgenmm.engine import Engine, Request
 from xgenmm.errors import InputError
 from xgenmm.images import read_picture
 from xgenmm.prompts import parse_messages
 from xgenmm.sampling import SamplingParams
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
+MOST_BEAMS = 8  # of one prediction, each of which takes a slot
 
-CANCEL_LATENCY = 0.02
-"""Seconds between two looks at whether Cog has cancelled the prediction."""
+Number = TypeVar("Number", int, float)
 
 log = logging.getLogger(__name__)
 
 
 class Predictor(BasePredictor):
-    """One checkpoint, loaded once, answering one prediction at a time."""
+    """One checkpoint, loaded once, answering as many predictions at a time as Cog lets in."""
 
     engine: Engine
+    timeout: float | None
 
     def setup(self) -> None:
         """Load the checkpoint; a missing one fails here with a message that says what to type."""
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
+        self.timeout = _setting("XGENMM_TIMEOUT", float)
         log.info("loading %s", model)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
-        loading = self._worker.submit(
-            xgenmm.load,
+        self.engine = xgenmm.load(
             model,
             device=os.environ.get("XGENMM_DEVICE") or None,
             dtype=os.environ.get("XGENMM_DTYPE") or None,
+            slots=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
         )
-        self.engine = loading.result()
+        # Cog has no hook for the end; its worker comes here when the last prediction is over.
+        atexit.register(self.engine.close)
 
+    def healthcheck(self) -> bool:
+        """Tell Cog whether the engine still works; one that does not fails with the reason."""
+        self.engine.check()
+        return True
+
+    @concurrent(max=16)
     @streaming
-    def predict(
+    async def predict(
         self,
         image: Path | None = Input(
             default=None,
@@ -122,10 +142,23 @@ class Predictor(BasePredictor):
             default=None,
             description='Earlier turns of the conversation, oldest first: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]. For a base model: worked examples. Pictures of earlier turns come first in order.',
         ),
+        choices: list[str] | None = Input(
+            default=None,
+            description="The answer is one of these texts: the most likely one. The metric choices then gives the probability of each.",
+        ),
+        json_schema: dict[str, Any] | None = Input(
+            default=None,
+            description='The answer is JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}.',
+        ),
     ) -> ConcatenateIterator[str]:
-        """Answer a question about pictures, the text streaming while it is made."""
+        """Answer a question about pictures, the text streaming while it is made.
+
+        What runs here would hold up all predictions, so the work is left to the generator: Cog
+        goes through it in a thread that belongs to the prediction.
+        """
+        if choices is not None and not choices:
+            raise InputError("choices", "is empty; give the texts to choose from or leave it out")
         request = Request(
-            pictures=_pictures(image, images or ()),
             question=question,
             system_prompt=system_prompt,
             messages=parse_messages(messages or ()),
@@ -139,48 +172,62 @@ class Predictor(BasePredictor):
                 stop_sequences=tuple(stop_sequences or ()),
                 seed=seed,
             ),
+            choices=tuple(choices or ()),
+            json_schema=json_schema,
+            timeout=self.timeout,
         )
-        return self._texts(self.engine.stream(request))
+        # Only here is the scope this prediction's own; the generator's thread knows none.
+        record_metric = self.scope.record_metric
+        return self._texts(request, image, images or (), _prediction(), record_metric)
 
-    def _texts(self, answer: Answer) -> Iterator[str]:
-        """Yield the answer's pieces, then report what it cost.
-
-        Cog cancels by raising an exception between any two instructions of the thread that runs
-        this generator. So the model has a thread of its own, which is asked to stop and does when
-        the token it is working on is done.
-        """
-        texts: SimpleQueue[str | None] = SimpleQueue()
+    def _texts(
+        self,
+        request: Request,
+        image: Path | None,
+        images: Sequence[Path],
+        prediction: Future[None],
+        record_metric: Callable[[str, Any], None],
+    ) -> Iterator[str]:
+        """Yield the answer's pieces until it ends or `prediction` is cancelled; record its cost."""
+        answer = self.engine.stream(replace(request, pictures=_pictures(image, images)))
+        prediction.add_done_callback(lambda _: answer.cancel())
         try:
-            made = self._worker.submit(_make, answer, texts)
-            yield from _taken(texts)
-            made.result()
+            yield from answer
+            if prediction.cancelled():
+                raise CancelationException
         finally:
             answer.cancel()
-            # The worker does one thing at a time, so it gets to this when the answer is over.
-            usage = self._worker.submit(lambda: answer.usage).result()
-            for name, value in asdict(usage).items():
-                self.record_metric(name, value)
+            for name, value in asdict(answer.usage).items():
+                if value is not None:
+                    record_metric(name, value)
 
 
-def _make(answer: Answer, texts: SimpleQueue[str | None]) -> None:
-    """Put an answer's pieces into `texts`, and None when there will be no more."""
-    try:
-        for text in answer:
-            texts.put(text)
-    finally:
-        texts.put(None)
+def _prediction() -> Future[None]:
+    """A future that Cog cancels when it cancels the prediction whose coroutine calls this.
+
+    Cog cancels a prediction by the future of its coroutine. Ours returns a generator at once, so
+    that future is done while the text is still made, and to cancel it has no effect. Its `cancel`
+    is therefore replaced. A task has no public way to the future that waits for it; the callback
+    that will hand over the result knows it.
+    """
+    prediction: Future[None] = Future()
+    task: Any = asyncio.current_task()
+    for callback, _ in task._callbacks:
+        for cell in getattr(callback, "__closure__", None) or ():
+            if isinstance(cell.cell_contents, Future):
+                vars(cell.cell_contents)["cancel"] = prediction.cancel
+    return prediction
 
 
-def _taken(texts: SimpleQueue[str | None]) -> Iterator[str]:
-    """Yield pieces until None; never waits long, because a waiting thread cannot be cancelled."""
-    while True:
-        try:
-            text = texts.get(timeout=CANCEL_LATENCY)
-        except Empty:
-            continue
-        if text is None:
-            return
-        yield text
+def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
+    """The number above 0 that an environment variable gives; None without it."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        if (number := kind(text)) > 0:
+            return number
+    raise InputError(name, f"must be a number above 0, not {text!r}")
 
 
 def _pictures(image: Path | None, images: Sequence[Path]) -> list[Image.Image]:

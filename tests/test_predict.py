@@ -1,9 +1,13 @@
-"""Cog's face alone: an answer passed on, cancelled, failing. The server's tests do the rest."""
+"""Cog's face alone: settings, cancelling, failing, health. The server's tests do the rest.
 
-import ctypes
+Predictions are started, gone through and cancelled here as Cog's worker does it.
+"""
+
+import asyncio
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +15,8 @@ import pytest
 from cog import CancelationException
 
 import xgenmm
-from predict import Predictor
+from predict import MOST_BEAMS, Predictor
+from xgenmm.errors import EngineError, InputError
 
 WAIT = 10.0
 INPUTS: dict[str, Any] = {
@@ -19,30 +24,31 @@ INPUTS: dict[str, Any] = {
     for name, parameter in inspect.signature(Predictor.predict).parameters.items()
     if name != "self"
 }
+SETTINGS = (
+    "XGENMM_MODEL",
+    "XGENMM_DEVICE",
+    "XGENMM_DTYPE",
+    "XGENMM_TIMEOUT",
+    "COG_MAX_CONCURRENCY",
+)
 
 
 @dataclass(frozen=True)
 class Usage:
-    output_tokens: int
+    output_tokens: int = 1
+    choices: dict[str, float] | None = None
 
 
 class SilentAnswer:
-    """Makes a token each time the test says `go`, and no text until it is cancelled."""
+    """Gives one text and then none until it is cancelled."""
 
     def __init__(self) -> None:
-        self.started, self.go, self.cancelled = (threading.Event() for _ in range(3))
-        self.tokens = 0
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(self.tokens)
+        self.usage = Usage()
+        self.cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
-        while not self.cancelled.is_set():
-            self.started.set()
-            assert self.go.wait(WAIT)
-            self.tokens += 1
-        yield "the end"
+        yield "one "
+        assert self.cancelled.wait(WAIT), "nobody cancels"
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -51,77 +57,167 @@ class SilentAnswer:
 class BrokenAnswer(SilentAnswer):
     def __iter__(self) -> Iterator[str]:
         yield "one "
-        raise RuntimeError("the device is gone")
+        raise EngineError("the device is gone")
 
 
 class Engine:
-    """Gives out one prepared answer."""
+    """Gives out one prepared answer, and keeps what it was asked and loaded with."""
 
-    def __init__(self, answer: SilentAnswer) -> None:
-        self.answer = answer
+    def __init__(self, answer: SilentAnswer | None = None) -> None:
+        self.answer = answer or SilentAnswer()
+        self.requests: list[xgenmm.Request] = []
+        self.loaded: tuple[Any, ...] = ()
+        self.failure: EngineError | None = None
 
-    def stream(self, request: object) -> SilentAnswer:
+    def load(self, *names: Any, **options: Any) -> "Engine":
+        self.loaded = (*names, options)
+        return self
+
+    def stream(self, request: xgenmm.Request) -> SilentAnswer:
+        self.requests.append(request)
         return self.answer
+
+    def check(self) -> None:
+        if self.failure:
+            raise self.failure
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def predictor(monkeypatch: pytest.MonkeyPatch, engine: Engine, **settings: str) -> Predictor:
+    """A predictor that is set up, with these environment variables and no others."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(xgenmm, "load", engine.load)
+    made = Predictor()
+    made.setup()
+    return made
 
 
 @pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function of an answer: a predictor that gives it."""
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in a thread of its own, as Cog's does."""
+    running = asyncio.new_event_loop()
+    thread = threading.Thread(target=running.run_forever)
+    thread.start()
+    yield running
+    running.call_soon_threadsafe(running.stop)
+    thread.join()
+    running.close()
 
-    def predictor(answer: SilentAnswer) -> Predictor:
-        monkeypatch.setattr(xgenmm, "load", lambda *names, **options: Engine(answer))
-        made = Predictor()
-        made.setup()
-        return made
 
-    return predictor
+def start(
+    made: Predictor, loop: asyncio.AbstractEventLoop, **inputs: Any
+) -> tuple[Generator[str, None, None], Future[Any]]:
+    """A prediction's texts, and the future by which Cog cancels it."""
+    future: Future[Any] = asyncio.run_coroutine_threadsafe(made.predict(**INPUTS | inputs), loop)
+    return future.result(WAIT), future
 
 
 def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[Any] = []
-    monkeypatch.setattr(xgenmm, "load", lambda *names, **options: loaded.append((names, options)))
-    for variable in ("XGENMM_MODEL", "XGENMM_DEVICE", "XGENMM_DTYPE"):
-        monkeypatch.delenv(variable, raising=False)
-    Predictor().setup()
-    monkeypatch.setenv("XGENMM_MODEL", "demo")
-    monkeypatch.setenv("XGENMM_DEVICE", "cpu")
-    monkeypatch.setenv("XGENMM_DTYPE", "float32")
-    Predictor().setup()
-    main = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
-    assert loaded == [
-        ((main,), {"device": None, "dtype": None}),
-        (("demo",), {"device": "cpu", "dtype": "float32"}),
-    ]
-
-
-def test_cancel_stops_after_the_token_at_work(answering: Any) -> None:
-    answer = SilentAnswer()
-    predictor = answering(answer)
-    ended: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            list(predictor.predict(**INPUTS | {"question": "?"}))
-        except CancelationException as cancelled:
-            ended.append(cancelled)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert answer.started.wait(WAIT)
-    # As Cog's server does it.
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread.ident or 0), ctypes.py_object(CancelationException)
+    engine = Engine()
+    predictor(monkeypatch, engine)
+    nothing = {"device": None, "dtype": None, "slots": MOST_BEAMS}
+    assert engine.loaded == ("xgen-mm-phi3-mini-instruct-interleave-r-v1.5", nothing)
+    predictor(
+        monkeypatch,
+        engine,
+        XGENMM_MODEL="demo",
+        XGENMM_DEVICE="cpu",
+        XGENMM_DTYPE="float32",
+        COG_MAX_CONCURRENCY="12",
     )
-    assert answer.cancelled.wait(WAIT), "cancelling waited for a text"
-    assert thread.is_alive(), "the model is still at work on its token"
-    answer.go.set()
-    thread.join(WAIT)
-    assert len(ended) == 1
-    assert answer.tokens == 1
+    assert engine.loaded == ("demo", {"device": "cpu", "dtype": "float32", "slots": 12})
 
 
-def test_failure_in_the_model_reaches_the_client_after_the_texts(answering: Any) -> None:
-    texts = answering(BrokenAnswer()).predict(**INPUTS | {"question": "?"})
+@pytest.mark.parametrize("name", ["XGENMM_TIMEOUT", "COG_MAX_CONCURRENCY"])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_setup_refuses_a_setting_that_is_no_number_above_0(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{name}: must be a number above 0, not '{value}'"):
+        predictor(monkeypatch, Engine(), **{name: value})
+
+
+def test_inputs_and_settings_reach_the_request(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine = Engine()
+    made = predictor(monkeypatch, engine, XGENMM_TIMEOUT="2.5")
+    next(start(made, loop, question="?", choices=["yes", "no"], json_schema={})[0])
+    (request,) = engine.requests
+    assert request.timeout == 2.5
+    assert request.choices == ("yes", "no")
+    assert request.json_schema == {}
+    assert request.sampling == xgenmm.SamplingParams()
+
+
+def test_cancel_reaches_an_answer_between_texts(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine = Engine()
+    texts, future = start(predictor(monkeypatch, engine), loop, question="?")
     assert next(texts) == "one "
-    with pytest.raises(RuntimeError, match="the device is gone"):
+    with ThreadPoolExecutor(1) as worker:
+        waiting = worker.submit(next, texts)
+        assert not engine.answer.cancelled.is_set()
+        future.cancel()
+        assert isinstance(waiting.exception(WAIT), CancelationException)
+
+
+def test_cancel_before_the_first_text(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine = Engine()
+    texts, future = start(predictor(monkeypatch, engine), loop, question="?")
+    assert not engine.requests, "an answer that Cog does not fetch is never begun"
+    future.cancel()
+    with pytest.raises(CancelationException):
+        list(texts)
+    assert engine.answer.cancelled.is_set()
+
+
+def test_cancel_is_for_one_prediction_alone(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine, other = Engine(), SilentAnswer()
+    made = predictor(monkeypatch, engine)
+    texts, future = start(made, loop, question="?")
+    next(texts)
+    first, engine.answer = engine.answer, other
+    other_texts, _ = start(made, loop, question="?")
+    next(other_texts)
+    future.cancel()
+    assert first.cancelled.is_set()
+    assert not other.cancelled.is_set()
+
+
+def test_answer_that_cog_no_longer_fetches_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine = Engine()
+    texts, _ = start(predictor(monkeypatch, engine), loop, question="?")
+    next(texts)
+    texts.close()
+    assert engine.answer.cancelled.is_set()
+
+
+def test_failure_in_the_model_reaches_the_client_after_the_texts(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    texts, _ = start(predictor(monkeypatch, Engine(BrokenAnswer())), loop, question="?")
+    assert next(texts) == "one "
+    with pytest.raises(EngineError, match="the device is gone"):
         next(texts)
+
+
+def test_health_is_the_engine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    made = predictor(monkeypatch, engine)
+    assert made.healthcheck()
+    engine.failure = EngineError("no step for 60 s")
+    with pytest.raises(EngineError, match="no step for 60 s"):
+        made.healthcheck()

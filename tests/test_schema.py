@@ -91,6 +91,11 @@ def test_cog_yaml_is_valid() -> None:
     assert config["build"]["sdk_version"] == pins()["cog"] == SCHEMA["info"]["version"]
 
 
+def test_local_server_takes_as_many_predictions_at_once_as_the_image() -> None:
+    at_once = vars(Predictor.predict)["__cog_concurrent_max__"]
+    assert f"COG_MAX_CONCURRENCY:-{at_once}" in (ROOT / "scripts" / "serve").read_text()
+
+
 def test_default_model_is_a_known_release() -> None:
     assert DEFAULT_MODEL in releases()
 

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xgenmm.checkpoint import CheckpointError
-    from xgenmm.engine import Answer, Engine, Request, Usage, load
-    from xgenmm.errors import InputError
+    from xgenmm.engine import Answer, Engine, Request, load
+    from xgenmm.errors import EngineError, InputError
     from xgenmm.images import read_picture
     from xgenmm.prompts import Message
     from xgenmm.sampling import SamplingParams
+    from xgenmm.scheduler import Usage
 
 __all__ = [
     "Answer",
     "CheckpointError",
     "Engine",
+    "EngineError",
     "InputError",
     "Message",
     "Request",
@@ -34,9 +36,11 @@ __all__ = [
 
 _HOMES = {
     "CheckpointError": "checkpoint",
+    "EngineError": "errors",
     "InputError": "errors",
     "Message": "prompts",
     "SamplingParams": "sampling",
+    "Usage": "scheduler",
     "read_picture": "images",
 }
 

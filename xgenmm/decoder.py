@@ -43,10 +43,14 @@ class KVCache:
         """How many tokens a row can hold."""
         return self.keys.shape[3]
 
-    def reorder(self, rows: torch.Tensor, length: int) -> None:
-        """Row i becomes what row `rows[i]` was, up to `length` positions: beams change rows so."""
+    def reorder(self, rows: torch.Tensor, length: int, into: torch.Tensor | None = None) -> None:
+        """Row `into[i]` becomes what row `rows[i]` was, up to `length` positions, as beams need it.
+
+        rows, into: int64 [n]; by default the rows from 0 on are written.
+        """
+        target = slice(len(rows)) if into is None else into
         for tensor in (self.keys, self.values):
-            tensor[:, :, :, :length] = tensor[:, rows, :, :length]
+            tensor[:, target, :, :length] = tensor[:, rows, :, :length]
 
 
 class AdditionalEmbedding(nn.Embedding):
@@ -101,9 +105,9 @@ class Attention(nn.Module):
         query, key = _rotate(query, rotary), _rotate(key, rotary)
         if step.cache is not None:
             keys, values = step.cache.keys[layer], step.cache.values[layer]
-            keys[step.rows, :, step.positions] = key
-            values[step.rows, :, step.positions] = value
-            keys, values = keys[:, :, : step.length], values[:, :, : step.length]
+            keys[step.rows, :, step.indices] = key
+            values[step.rows, :, step.indices] = value
+            keys, values = keys[step.read, :, : step.length], values[step.read, :, : step.length]
         else:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
         query = query.transpose(1, 2)
@@ -162,16 +166,19 @@ class Phi3Model(nn.Module):
 class Step:
     """Where the tokens of one forward pass stand: the same for every layer.
 
-    rows int64 [rows, 1] and positions int64 [rows, t] index the cache; mask bool
-    [rows, 1, t, length] says which of the first `length` keys a token sees. Without a cache the
-    tokens of the pass see each other and nothing else.
+    positions int64 [rows, t] are what the rotary angles say. rows int64 [rows, 1] and indices
+    int64 [rows, t] are where keys and values go in the cache, `read` selects the same rows of it.
+    mask bool [rows, 1, t, length] says which of the first `length` keys a token sees. Without a
+    cache the tokens of the pass see each other and nothing else.
     """
 
-    rows: torch.Tensor
     positions: torch.Tensor
     length: int
     mask: torch.Tensor
-    cache: KVCache | None
+    cache: KVCache | None = None
+    rows: torch.Tensor | None = None
+    read: torch.Tensor | slice | None = None
+    indices: torch.Tensor | None = None
 
 
 class Phi3Decoder(nn.Module):
@@ -188,7 +195,15 @@ class Phi3Decoder(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self, embeds: torch.Tensor, positions: torch.Tensor, cache: KVCache, length: int
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        length: int,
+        *,
+        rows: torch.Tensor | None = None,
+        indices: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Final hidden states of `embeds`, whose keys and values are written to the cache.
 
@@ -196,16 +211,32 @@ class Phi3Decoder(nn.Module):
             embeds: [rows, t, hidden_size].
             positions: int64 [rows, t]. Padding behind a row's end takes the positions that
                 follow; nothing sees them before a later token overwrites them.
-            cache: of as many rows.
-            length: keys to look at, above every position; an int, so that the host need not
+            cache: of as many rows or more.
+            length: keys to look at, above every index; an int, so that the host need not
                 wait for the device to learn it.
+            rows: int64 [rows], the rows of the cache; by default the first ones, which are read
+                where they are, others are copied.
+            indices: int64 [rows, t], where in the row the keys go; by default at their positions.
+            mask: bool [rows, 1, t, length], the keys that a token sees; by default the window
+                that ends at its own position.
 
         Returns:
             [rows, t, hidden_size], normed; `lm_head` makes logits of those one wants.
         """
-        rows = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
-        mask = visible_keys(positions, length, self.config.window_keys)
-        return self._run(embeds, Step(rows, positions, length, mask, cache))
+        count = embeds.shape[0]
+        if mask is None:
+            mask = visible_keys(positions, length, self.config.window_keys)
+        written = torch.arange(count, device=embeds.device) if rows is None else rows
+        step = Step(
+            positions,
+            length,
+            mask,
+            cache,
+            rows=written[:, None],
+            read=slice(count) if rows is None else rows,
+            indices=positions if indices is None else indices,
+        )
+        return self._run(embeds, step)
 
     def forward_uncached(
         self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
@@ -214,8 +245,7 @@ class Phi3Decoder(nn.Module):
 
         mask: bool [rows, 1, t, t]; rows, positions and the result are as in `forward`.
         """
-        rows = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
-        return self._run(embeds, Step(rows, positions, embeds.shape[1], mask, None))
+        return self._run(embeds, Step(positions, embeds.shape[1], mask))
 
     def _run(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         config = self.config

@@ -1,109 +1,230 @@
-"""Requests in, streamed text out: prompt, prefill, decode steps, stopping.
+"""Requests in, streamed text out: checks, prompt, text of the tokens, stopping.
 
-Knows nothing of Cog or HTTP. `load` makes an engine of a checkpoint.
+Knows nothing of Cog or HTTP. `load` makes an engine of a checkpoint; the work itself is done by
+the thread of `scheduler.py`, for many requests at once.
 """
 
+import asyncio
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 from PIL import Image
 
+from xgenmm.caches import PromptKeys
 from xgenmm.checkpoint import load_parameters, read_config, resolve
+from xgenmm.constraints import Constraint, Grammars
 from xgenmm.errors import InputError
-from xgenmm.generate import generate
 from xgenmm.model import XGenMM
-from xgenmm.prompts import Message, Prompt, chat_prompt, few_shot_prompt
+from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, chat_prompt, few_shot_prompt
 from xgenmm.sampling import SamplingParams, StopText
+from xgenmm.scheduler import Job, Scheduler, StopReason, Usage
 from xgenmm.tiles import Tiles, tile_picture
-from xgenmm.tokens import Tokens
+from xgenmm.tokens import Control, Tokens
 
 logger = logging.getLogger(__name__)
 
-StopReason = Literal["end", "stop", "length", "cancelled"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SLOTS = 16
+MAX_CACHE_BYTES = 4 << 30
+MAX_CHOICES = 256
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question. `pictures` are upright RGB; `system_prompt` None is the trained default."""
+    """One question.
+
+    pictures: upright RGB. system_prompt: None is the trained default.
+    choices: the answer is the one of these that is likeliest, given pictures and question; the
+        settings of `sampling` then have no meaning.
+    json_schema: the answer is JSON that this JSON Schema admits.
+    timeout: seconds after which the answer ends where it is.
+    """
 
     question: str
     pictures: Sequence[Image.Image] = ()
     system_prompt: str | None = None
     messages: tuple[Message, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
-
-
-@dataclass
-class Usage:
-    """What an answer cost. Times count from `Engine.stream`.
-
-    prompt_tokens: positions of the prompt, `image_tokens` of them vision tokens.
-    time_to_first_token: seconds. tokens_per_second: output tokens over the whole time.
-    stop_reason: `end` (the model's own end), `stop` (a stop sequence), `length` (max_new_tokens
-        or the context), `cancelled`.
-    """
-
-    prompt_tokens: int = 0
-    image_tokens: int = 0
-    output_tokens: int = 0
-    time_to_first_token: float = 0.0
-    tokens_per_second: float = 0.0
-    stop_reason: StopReason = "cancelled"
+    choices: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | None = None
+    timeout: float | None = None
 
 
 class Answer:
-    """The text of one answer as it is made: iterate over its pieces, once.
+    """The text of one answer as it is made: iterate over its pieces, `for` or `async for`, once.
 
-    `usage` is complete when the iteration has ended. `cancel` may come from any thread and ends
-    the iteration before the next token.
+    What failed the answer is raised there. `usage` is complete when the iteration has ended.
+    `cancel` may come from any thread and ends the iteration before the next token.
     """
 
-    def __init__(self, texts: Iterator[str], usage: Usage, cancelled: threading.Event) -> None:
-        self.usage = usage
-        self._texts = texts
-        self._cancelled = cancelled
+    def __init__(
+        self, tokens: Tokens, end_ids: frozenset[int], stops: Sequence[str], choices: Sequence[str]
+    ) -> None:
+        self.usage = Usage()
+        self._decoded = tokens.stream()
+        self._stop = StopText(stops)
+        self._end_ids = end_ids
+        self._special_ids = frozenset(tokens.specials.values())
+        self._choices = choices
+        self._items: SimpleQueue[str | Exception | None] = SimpleQueue()
+        self._wake: Callable[[], object] = lambda: None
+        self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
-        return self._texts
+        while (item := _raised(self._items.get())) is not None:
+            if not self.cancelled:
+                yield item
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits in it any more
+                loop.call_soon_threadsafe(ready.set)
+
+        self._wake = wake
+        while True:
+            try:
+                item = _raised(self._items.get_nowait())
+            except Empty:
+                await ready.wait()
+                ready.clear()
+                continue
+            if item is None:
+                return
+            if not self.cancelled:
+                yield item
+
+    def text(self) -> str:
+        """The whole answer, once it is there."""
+        return "".join(self)
 
     def cancel(self) -> None:
         """Stop after the token in work."""
         self._cancelled.set()
 
+    # What the scheduler needs of a `Receiver`:
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    def token(self, token: int) -> StopReason | None:
+        """Pass the token's text on; says why the answer is complete with it, if it is."""
+        if token in self._end_ids:
+            return "end"
+        # A mark that the model makes up in mid-answer is no text.
+        if token not in self._special_ids:
+            self._put(self._stop.push(self._decoded.push(token)))
+        return "stop" if self._stop.stopped else None
+
+    def chosen(self, number: int, probabilities: Sequence[float]) -> None:
+        """Pass the choice on as the whole answer."""
+        self.usage.choices = dict(zip(self._choices, probabilities, strict=True))
+        self._put(self._choices[number])
+
+    def end(self, reason: StopReason, error: Exception | None) -> None:
+        """Pass on what was held back, and that this was all."""
+        if reason in ("end", "length"):
+            self._put(self._stop.push(self._decoded.flush()) + self._stop.flush())
+        self._items.put(error)
+        self._wake()
+
+    def _put(self, text: str) -> None:
+        if text:
+            self._items.put(text)
+            self._wake()
+
+
+def _raised(item: str | Exception | None) -> str | None:
+    if isinstance(item, Exception):
+        raise item
+    return item
+
 
 class Engine:
-    """A loaded checkpoint that answers requests. It keeps no state of them."""
+    """A loaded checkpoint that answers many requests at once."""
 
-    def __init__(self, model: XGenMM, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        model: XGenMM,
+        tokens: Tokens,
+        slots: int = MAX_SLOTS,
+        cache_bytes: int | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokens = tokens
         self.config = model.config
         self.end_ids = frozenset(tokens.id(token) for token in self.config.text.stop_tokens)
-        self._special_ids = frozenset(tokens.specials.values())
+        self._scheduler = Scheduler(
+            model,
+            self.end_ids,
+            _fitting_slots(model, slots),
+            _default_cache_bytes(model) if cache_bytes is None else cache_bytes,
+        )
+        # The thread knows the scheduler alone, so an engine that nobody holds ends its thread.
+        weakref.finalize(self, self._scheduler.close, wait=False)
+
+    @property
+    def slots(self) -> int:
+        """How many requests are answered at once."""
+        return self._scheduler.slots
 
     def stream(self, request: Request) -> Answer:
-        """Check the request and begin its answer; the work is done while one iterates.
+        """Check the request, tile its pictures and queue it; may be called from any thread.
 
         Raises InputError for a request that cannot be answered: nothing to answer, pictures and
-        `<image>` that do not match, a prompt longer than the context.
+        `<image>` that do not match, a prompt longer than the context, a schema that cannot be
+        enforced. Raises EngineError if the engine is shut down or broken.
         """
         started = time.monotonic()
+        self._check(request)
         prompt = self.prompt(request)
         tile = self.config.vision.image_size
         pictures = [tile_picture(p, self.config.tiling, tile) for p in request.pictures]
-        room, usage = self._measure(prompt, pictures)
-        cancelled = threading.Event()
-        limit = min(request.sampling.max_new_tokens, room)
-        texts = self._texts(prompt, pictures, request.sampling, limit, usage, cancelled, started)
-        return Answer(texts, usage, cancelled)
+        choices = [self._choice_ids(choice) for choice in request.choices]
+        answer = Answer(self.tokens, self.end_ids, request.sampling.stop_sequences, request.choices)
+        room = self._measure(prompt, pictures, answer.usage)
+        if max(map(len, choices), default=0) > room:
+            raise InputError("choices", f"the longest has more than the {room} tokens left for it")
+        sampler = self.config.sampler
+        job = Job(
+            prompt=prompt,
+            pictures=pictures,
+            keys=PromptKeys.of(
+                prompt, pictures, sampler.num_latents, instructed=sampler.text_tokens > 0
+            ),
+            params=request.sampling,
+            limit=min(request.sampling.max_new_tokens, room),
+            receiver=answer,
+            usage=answer.usage,
+            constraint=self._constraint(request),
+            choices=choices,
+            started=started,
+            deadline=started + (float("inf") if request.timeout is None else request.timeout),
+        )
+        self._scheduler.submit(job)
+        return answer
+
+    def check(self) -> None:
+        """Raise EngineError if the engine is dead or stuck; cheap, from any thread."""
+        self._scheduler.check()
+
+    def close(self) -> None:
+        """Refuse new requests, let the accepted ones finish, and stop the engine's thread."""
+        self._scheduler.close()
 
     def prompt(self, request: Request) -> Prompt:
         """The request's prompt; an empty question asks for a description of its pictures."""
@@ -130,8 +251,51 @@ class Engine:
             messages=request.messages,
         )
 
-    def _measure(self, prompt: Prompt, pictures: Sequence[Tiles]) -> tuple[int, Usage]:
-        """How many tokens the context has left for the answer, and what the prompt takes."""
+    def _check(self, request: Request) -> None:
+        """What can be said without the model."""
+        choices, beams = request.choices, request.sampling.num_beams
+        if any(not isinstance(choice, str) or not choice for choice in choices):
+            raise InputError("choices", "each must be a non-empty text")
+        if len(set(choices)) < len(choices):
+            raise InputError("choices", "each may be there only once")
+        if len(choices) > MAX_CHOICES:
+            raise InputError("choices", f"{len(choices)} given; at most {MAX_CHOICES} are allowed")
+        if request.json_schema is not None and choices:
+            raise InputError("json_schema", "cannot be combined with choices; give one of the two")
+        if request.json_schema is not None and beams > 1:
+            raise InputError(
+                "json_schema", f"cannot be combined with {beams} beams; set num_beams to 1"
+            )
+        if beams > self.slots and not choices:
+            raise InputError(
+                "num_beams",
+                f"{beams} beams take as many slots and this engine has {self.slots}; "
+                f"set num_beams to at most {self.slots}",
+            )
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        decoder = self.config.decoder
+        return Grammars(
+            self.tokens, self.end_ids, decoder.initial_vocab + decoder.additional_tokens
+        )
+
+    def _constraint(self, request: Request) -> Constraint | None:
+        if request.json_schema is None:
+            return None
+        return self._grammars.compile(request.json_schema)
+
+    def _choice_ids(self, choice: str) -> list[int]:
+        """The ids of a choice as the model would write it, its end included."""
+        if self.config.text.prompt == "few_shot":
+            before = after = END_OF_CHUNK
+        else:
+            before, after = ASSISTANT, Control(self.config.text.stop_tokens[0])
+        ids = self.tokens.encode_pieces([before, choice, after])
+        return ids[ids.index(self.tokens.id(before)) + 1 :]
+
+    def _measure(self, prompt: Prompt, pictures: Sequence[Tiles], usage: Usage) -> int:
+        """Note what the prompt takes; returns how many tokens are left for the answer."""
         latents = self.config.sampler.num_latents
         image_tokens = sum(picture.pixels.shape[0] * latents for picture in pictures)
         text_tokens = len(prompt.ids) - sum(length for _, length in prompt.spans)
@@ -144,44 +308,16 @@ class Engine:
                 f"than the {context - 1} that leave room for an answer; shorten the text or give "
                 "fewer pictures",
             )
-        return context - total, Usage(prompt_tokens=total, image_tokens=image_tokens)
-
-    def _texts(
-        self,
-        prompt: Prompt,
-        pictures: Sequence[Tiles],
-        params: SamplingParams,
-        limit: int,
-        usage: Usage,
-        cancelled: threading.Event,
-        started: float,
-    ) -> Iterator[str]:
-        decoded, stop, ended = self.tokens.stream(), StopText(params.stop_sequences), False
-        vision_tokens = self.model.encode(pictures, prompt)
-        embeds = self.model.fuse(prompt, vision_tokens)
-        for token in generate(self.model, embeds, params, limit, self.end_ids, cancelled.is_set):
-            if not usage.output_tokens:
-                usage.time_to_first_token = time.monotonic() - started
-            usage.output_tokens += 1
-            usage.tokens_per_second = usage.output_tokens / (time.monotonic() - started)
-            ended = token in self.end_ids
-            # A mark that the model makes up in mid-answer is no text.
-            if token not in self._special_ids and (text := stop.push(decoded.push(token))):
-                yield text
-            if ended or stop.stopped:
-                break
-        if cancelled.is_set():
-            return
-        rest = stop.push(decoded.flush()) + stop.flush()
-        usage.stop_reason = "stop" if stop.stopped else "end" if ended else "length"
-        if rest:
-            yield rest
+        usage.prompt_tokens, usage.image_tokens = total, image_tokens
+        return context - total
 
 
 def load(
     name_or_folder: str | os.PathLike[str],
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    slots: int = MAX_SLOTS,
+    cache_bytes: int | None = None,
 ) -> Engine:
     """An engine for a released name, `demo`, or a checkpoint folder.
 
@@ -189,25 +325,59 @@ def load(
         name_or_folder: see `python -m xgenmm.weights list`.
         device: by default the GPU if there is one.
         dtype: of weights and activations; by default bfloat16 on a GPU and float32 on a CPU.
+        slots: requests answered at once, at most as many as fit half of the free memory; further
+            ones wait.
+        cache_bytes: memory for what is kept of pictures and prompts between requests; by default
+            an eighth of what is free, at most 4 GB.
 
     Raises:
         CheckpointError: not on this disk, or broken; the message says what to type.
-        InputError: a device or dtype that does not exist here.
+        InputError: a device or dtype that does not exist here, or no slot.
     """
+    if slots < 1:
+        raise InputError("slots", f"must be at least 1, not {slots}")
     folder: Path = resolve(name_or_folder)
     where = _device(device)
     kind = _dtype(dtype, where)
     started = time.monotonic()
     config = read_config(folder)
+    if config.demo:
+        logger.warning("%s is a demonstration, not a released model", folder.name)
     tokens = Tokens.from_folder(folder, config.text.convention, config.additional_ids)
     with torch.device("meta"):
         model = XGenMM(config)
     load_parameters(model, folder, device=where, dtype=kind)
+    engine = Engine(model, tokens, slots, cache_bytes)
     seconds = time.monotonic() - started
-    logger.info("%s: ready on %s in %s after %.1f s", folder.name, where, kind, seconds)
-    if config.demo:
-        logger.warning("%s is a demonstration, not a released model", folder.name)
-    return Engine(model, tokens)
+    logger.info(
+        "%s: ready on %s in %s with %d slots after %.1f s",
+        folder.name, where, kind, engine.slots, seconds,
+    )  # fmt: skip
+    return engine
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free where the model is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _fitting_slots(model: XGenMM, wanted: int) -> int:
+    decoder = model.config.decoder
+    position = 2 * decoder.num_layers * decoder.hidden_size * model.dtype.itemsize
+    slot = position * (decoder.max_positions + 1)
+    fit = max(1, _free_memory(model.device) // 2 // slot)
+    if fit < wanted:
+        logger.warning(
+            "%d slots of %.1f GB fit half of the free memory, not %d: more requests wait",
+            fit, slot / 1e9, wanted,
+        )  # fmt: skip
+    return min(wanted, fit)
+
+
+def _default_cache_bytes(model: XGenMM) -> int:
+    return min(MAX_CACHE_BYTES, _free_memory(model.device) // 8)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:

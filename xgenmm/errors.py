@@ -1,8 +1,8 @@
-"""The one error a user of the library has to know: an input that cannot be used as it is."""
+"""The errors a user of the library has to know."""
 
 
 class InputError(ValueError):
-    """An input is wrong; the message starts with the input's name, e.g. `question: ...`.
+    """An input cannot be used; the message starts with its name, e.g. `question: ...`.
 
     The message says what was wrong and what would be right.
     """
@@ -10,3 +10,7 @@ class InputError(ValueError):
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}")
         self.name = name
+
+
+class EngineError(RuntimeError):
+    """The engine could not answer a request that was right: it failed, or it is shut down."""

@@ -52,19 +52,83 @@ class XGenMM(nn.Module):
         """The weights' dtype, which is that of all activations."""
         return self.vlm.lang_model.lm_head.weight.dtype
 
-    @torch.inference_mode()
     def prefill(self, prompts: Sequence[torch.Tensor], cache: KVCache) -> torch.Tensor:
         """Fused prompts [length, width], one for each row of the cache -> next-token logits.
 
         Rows may differ in length; each gets what it would get alone. Returns float32
         [rows, initial_vocab + additional].
         """
-        lengths = torch.tensor([prompt.shape[0] for prompt in prompts], device=self.device)
-        embeds = pad_sequence(list(prompts), batch_first=True)
-        rows, longest = embeds.shape[:2]
-        positions = torch.arange(longest, device=self.device).expand(rows, -1)
-        hidden = self.decoder(embeds, positions, cache, longest)
-        return self.logits(hidden[torch.arange(rows, device=self.device), lengths - 1])
+        return self.extend(prompts, [0] * len(prompts), None, cache)
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        parts: Sequence[torch.Tensor],
+        starts: Sequence[int],
+        rows: Sequence[int] | None,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """The next part of several fused prompts -> the logits after each part.
+
+        Args:
+            parts: [length, width] each.
+            starts: how many positions of the row are in the cache already.
+            rows: of the cache; None for the first ones. Where a padded row would pass the cache's
+                end its padding goes to the last index, which then must not be in use.
+
+        Returns float32 [rows, initial_vocab + additional].
+        """
+        device = self.device
+        lengths = [part.shape[0] for part in parts]
+        embeds = pad_sequence(list(parts), batch_first=True)
+        count, longest = embeds.shape[:2]
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
+            longest, device=device
+        )
+        hidden = self.decoder(
+            embeds,
+            positions.clamp(max=cache.positions - 1),
+            cache,
+            max(start + length for start, length in zip(starts, lengths, strict=True)),
+            rows=None if rows is None else torch.tensor(rows, device=device),
+        )
+        last = torch.tensor(lengths, device=device) - 1
+        return self.logits(hidden[torch.arange(count, device=device), last])
+
+    @torch.inference_mode()
+    def branches(
+        self, texts: Sequence[Sequence[int]], start: int, row: int, cache: KVCache
+    ) -> list[torch.Tensor]:
+        """Logits along several continuations of one row in one pass; none sees another.
+
+        texts: token ids of each, not empty. start: the row's length, which stays what it is; the
+            room behind it must hold all texts.
+
+        Returns float32 [length of the text, initial_vocab + additional] each: row i is what
+        follows its ids up to the i-th.
+        """
+        device = self.device
+        ids = torch.tensor([token for text in texts for token in text], device=device)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        branch = torch.arange(len(texts), device=device).repeat_interleave(lengths)
+        first = (lengths.cumsum(0) - lengths)[branch]
+        number = torch.arange(len(ids), device=device)
+        positions = start + number - first
+        length = start + len(ids)
+        window = self.config.decoder.window_keys
+        key_positions = torch.cat([torch.arange(start, device=device), positions])
+        distance = positions[:, None] - key_positions
+        own = torch.cat([branch.new_ones(len(ids), start).bool(), branch[:, None] == branch], dim=1)
+        hidden = self.decoder(
+            self.decoder.embed(ids)[None],
+            positions[None],
+            cache,
+            length,
+            rows=torch.tensor([row], device=device),
+            indices=(start + number)[None],
+            mask=(own & (distance >= 0) & (distance < window))[None, None],
+        )
+        return list(self.logits(hidden[0]).split([len(text) for text in texts]))
 
     @torch.inference_mode()
     def decode(
@@ -78,7 +142,7 @@ class XGenMM(nn.Module):
 
         Args:
             tokens, positions: int64 [rows].
-            cache: of as many rows.
+            cache: of as many rows or more.
             length: keys to look at, above every position; by default all that the cache holds.
 
         Returns float32 [rows, initial_vocab + additional].

@@ -120,6 +120,17 @@ class Tokens:
             raise FileNotFoundError(f"{folder}: its tokenizer needs {wanted}, which is not there")
         return cls(convention, encode_text, vocabulary, _read_specials(folder, vocabulary, extra))
 
+    def text_bytes(self, token: int) -> bytes:
+        """What a token adds to a running text, as UTF-8; nothing for a special token.
+
+        `TextStream` drops one leading space when the text begins with it.
+        """
+        if token in self.specials.values():
+            return b""
+        if token in self._bytes:
+            return bytes([self._bytes[token]])
+        return self._texts.get(token, "").encode()
+
     def id(self, token: str) -> int:
         """A special token's id; KeyError when this tokenizer has no such special token."""
         try:
