@@ -906,18 +906,30 @@ _ASKERS: Mapping[str, Callable[[Scene, random.Random], QA | None]] = {
 
 
 def sample_pair(
-    rng: random.Random, fonts: Sequence[Path], level: float, n: int = 3
+    rng: random.Random,
+    fonts: Sequence[Path],
+    level: float,
+    n: int = 3,
+    *,
+    related: float = 0.5,
+    wordings: int = 1,
 ) -> tuple[Scene, Scene, list[QA]]:
     """Sample two scenes and 1 to `n` questions of kind `pair` on them.
 
     Three pairs in ten show the same scene, perhaps at another size; two in ten differ in one thing
     (a colour, a kind, a shape less, another word); the others have nothing to do with each other.
     "The same?" is asked so that yes and no are equally frequent.
+
+    related: the share of the first two sorts, if not half. wordings: of "the same?", at most.
     """
+
+    def same(answer: str) -> list[QA]:
+        return list(dict.fromkeys(_ask(rng, "pair same", answer) for _ in range(wordings)))
+
     first = sample_scene(rng, fonts, level=level)
-    kind = rng.random()
+    kind = rng.random() * 0.5 / related
     if kind < 0.3:
-        return first, _resized(first, rng), [_ask(rng, "pair same", "yes")]
+        return first, _resized(first, rng), same("yes")
     if kind < 0.5:
         second = _edited(first, rng)
         if rng.random() < 0.5:
@@ -927,8 +939,8 @@ def sample_pair(
     else:
         second = sample_scene(rng, fonts, level=level)
     pool = compare(first, second)
-    same = kind < 0.5 or not pool or rng.random() < 0.2
-    chosen = [_ask(rng, "pair same", "no")] if same and _differ(first, second) else []
+    doubtful = kind < 0.5 or not pool or rng.random() < 0.2
+    chosen = same("no") if doubtful and _differ(first, second) else []
     if pool:
         # Each form of question gets its share, however many things it can name.
         by_form: dict[str, list[tuple[str, str, str]]] = {}
@@ -940,7 +952,7 @@ def sample_pair(
             qa = _ask(rng, form, answer, **{name: slot})
             if qa not in chosen:
                 chosen.append(qa)
-    return first, second, chosen or [_ask(rng, "pair same", "no")]
+    return first, second, chosen or same("no")
 
 
 def compare(first: Scene, second: Scene) -> list[tuple[str, str, str]]:

@@ -5,14 +5,18 @@
     python -m scripts.train_demo curves     # the picture of its losses and accuracies
     python -m scripts.train_demo examples   # the pictures and questions in its folder
 
-Six stages, from direct supervision to the task itself, each from easy scenes to the whole world:
+Six stages, from direct supervision to the task itself, the first and third from easy scenes to
+the whole world:
 
-see     the tower learns what stands in each of its cells (shape and colour, or letter), from tiles;
-read    the same, with pages full of letters among the tiles;
-gather  the sampler learns to hand that on: each latent names what its own features show;
-answer  sampler and decoder learn to answer; the tower stands still, which saves half the time;
-reason  the same in smaller batches: more steps for the same pictures;
-polish  all together, at a falling learning rate.
+see      the tower learns what stands in each of its cells (shape and colour, or letter), and which
+         cell it is;
+gather   the sampler learns to hand that on: each latent names what its own block of cells shows;
+         pages full of letters join the scenes;
+answer   sampler and decoder learn to answer; the tower stands still, which saves a third of the
+         time;
+polish   all together, at a falling learning rate;
+finish   the same, mostly on two pictures at once, with questions on either of them;
+compare the same, mostly on two pictures that are equal or nearly so.
 
 Many questions share one encoding of a picture: they are branches of one row, which see the
 picture's prefix and themselves. The heads that the first stages need are dropped at the end.
@@ -26,7 +30,7 @@ import sysconfig
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -35,6 +39,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -67,8 +72,8 @@ SPECIALS = (
     "<|user|>", "<pad>",
 )  # fmt: skip
 CONFIG = XGenMMConfig(
-    vision=VisionConfig("siglip", 192, 768, 4, 6, TILE, TILE // SIDE),
-    sampler=SamplerConfig(num_latents=24, depth=2, num_heads=6, head_dim=32),
+    vision=VisionConfig("siglip", 192, 768, 4, 3, TILE, TILE // SIDE),
+    sampler=SamplerConfig(num_latents=36, depth=2, num_heads=6, head_dim=32),
     decoder=DecoderConfig(
         vocab_size=704,
         hidden_size=192,
@@ -82,9 +87,24 @@ CONFIG = XGenMMConfig(
     ),
     demo=True,
 )
-FEATURES_PER_LATENT = SIDE * SIDE // CONFIG.sampler.num_latents
+# The features that each latent is taught to show, 2 x 2 cells: its number tells where they stand.
+BLOCKS = rearrange(
+    torch.arange(SIDE * SIDE), "(r y c x) -> (r c) (y x)", r=SIDE // 2, y=2, c=SIDE // 2, x=2
+)
+FEATURES_PER_LATENT = BLOCKS.shape[1]
 COVER = world.NUM_CLASSES  # what covers a cell; 0 is background
 CENTER = world.SIGN_CLASS  # a shape or letter that has its centre in a cell; 0 is none
+# How often each kind is asked: the more, the later it is learnt.
+QUESTIONS = {
+    "caption": 1.0,
+    "count": 5.0,
+    "color": 1.0,
+    "shape": 0.5,
+    "existence": 2.0,
+    "place": 4.0,
+    "sign": 2.0,
+}
+PAGES = 4  # in each batch of the later stages, so that letters are not forgotten
 RARITY = (4.0, 20.0)  # how much more a cell counts that has a cover, or a centre
 
 
@@ -98,15 +118,19 @@ class Stage:
     rate: float
     final_rate: float
     easy: float  # the share of the stage over which scenes go from easy to the whole world
+    asks: bool = False  # questions
+    pairs: float = 0.0  # the share of steps that ask about two pictures
+    related: float = 0.5  # the share of these pairs that are equal or nearly so
+    wordings: int = 1  # of the question whether they are
 
 
 STAGES = (
-    Stage("see", 1000, 40, 1.2e-3, 3e-4, 0.3),
-    Stage("read", 600, 32, 1e-3, 3e-4, 0.0),
-    Stage("gather", 450, 32, 1e-3, 4e-4, 0.0),
-    Stage("answer", 400, 32, 1e-3, 8e-4, 0.4),
-    Stage("reason", 500, 16, 1e-3, 9e-4, 0.0),
-    Stage("polish", 1700, 16, 8e-4, 2e-5, 0.0),
+    Stage("see", 700, 24, 1.2e-3, 8e-4, 0.3),
+    Stage("gather", 700, 16, 1e-3, 6e-4, 0.0),
+    Stage("answer", 700, 16, 1e-3, 1e-3, 0.4, asks=True, pairs=0.5),
+    Stage("polish", 1800, 16, 1.4e-3, 2e-4, 0.0, asks=True, pairs=0.5),
+    Stage("finish", 1900, 16, 7e-4, 1e-5, 0.0, asks=True, pairs=0.6),
+    Stage("compare", 550, 16, 5e-4, 1e-5, 0.0, asks=True, pairs=0.75, related=0.75, wordings=4),
 )
 
 
@@ -397,25 +421,40 @@ class Batches(Dataset[tuple[list[Picture], Rows | None]]):
         stage = self.stage
         rng = random.Random(f"{self.seed} {stage.name} {step}")
         hard = step / (stage.easy * stage.steps) if stage.easy else 1.0
-        asks = stage.name in ("answer", "reason", "polish")
-        pairs = asks and step % 4 == 3
+        pairs = rng.random() < stage.pairs
         examples: list[tuple[list[Picture], list[world.QA]]] = []
         for _ in range(stage.pictures // 2 if pairs else stage.pictures):
             # Even the last scenes are sometimes easy, and the first ones never all of one kind.
             level = min(1.0, hard) if rng.random() < 0.85 else rng.random()
             if pairs:
-                first, second, asked = world.sample_pair(rng, self.fonts, level, 4)
+                first, second, asked = world.sample_pair(
+                    rng,
+                    self.fonts,
+                    level,
+                    8,
+                    related=stage.related,
+                    wordings=stage.wordings,
+                )
+                for name, scene in (("first", first), ("second", second)):
+                    # To compare two pictures, one must know which of them showed what.
+                    asked += [
+                        replace(qa, question=f"In the {name} image: {qa.question}", kind="each")
+                        for qa in world.sample_questions(scene, rng, 4, QUESTIONS)
+                    ]
                 examples.append(([show(first, rng), show(second, rng)], asked))
-            elif stage.name in ("read", "gather") and rng.random() < 0.5:
+            elif stage.name == "gather" and rng.random() < 0.5:
                 examples += [([show_page(rng, self.fonts)], []) for _ in range(3)]
             else:
                 # Words are the slowest to learn, so signs are more frequent than in the world.
-                sign = True if stage.name != "see" and rng.random() < 0.3 else None
+                sign = True if stage.name != "see" and rng.random() < 0.4 else None
                 scene = world.sample_scene(rng, self.fonts, level=level, with_sign=sign)
-                questions = world.sample_questions(scene, rng, 12) if asks else []
+                questions = world.sample_questions(scene, rng, 12, QUESTIONS) if stage.asks else []
                 examples.append(([show(scene, rng)], questions))
         pictures = [picture for shown, _ in examples for picture in shown]
-        return pictures, pack(self.tokens, examples) if asks else None
+        if not stage.asks:
+            return pictures, None
+        pages = [show_page(rng, self.fonts) for _ in range(PAGES)]
+        return pictures + pages, pack(self.tokens, examples)
 
 
 # Losses
@@ -455,6 +494,7 @@ def sampler_loss(heads: Heads, vision: torch.Tensor, sets: torch.Tensor) -> torc
 
     sets: [2, tiles, cells, 3], from `banded`.
     """
+    sets = sets[:, :, BLOCKS.flatten()]
     logits = heads.token(vision).float().unflatten(-1, (FEATURES_PER_LATENT, -1)).flatten(1, 2)
     loss = logits.new_zeros(())
     for one, labels, times in zip(logits.split([COVER, CENTER], dim=-1), sets, RARITY, strict=True):
@@ -475,6 +515,7 @@ def answer_loss(
     """
     embeds = model.decoder.embed(rows.ids)
     shown = rows.ids == CONFIG.additional_ids["<image>"]
+    # Pages come last and are asked nothing, so their tokens are left over.
     embeds = embeds.masked_scatter(shown[..., None], torch.cat(list(vision)).to(embeds.dtype))
     branch = rows.branch
     length = branch.shape[1]
@@ -503,7 +544,7 @@ def losses(
     """The losses of a stage by name, and the answers that are right by kind."""
     parts: dict[str, torch.Tensor] = {}
     right: dict[str, list[bool]] = {}
-    if stage in ("see", "read"):
+    if stage == "see":
         # Tiles of the canvas that show something; empty ones teach nothing new.
         chosen = []
         for picture in pictures:
@@ -519,7 +560,7 @@ def losses(
         parts["tower"] = tower_loss(heads, model.features([Tiles(pixels, 0, 0, (1, 1))])[0], cells)
         return parts, right
     tiles = [picture.tiles for picture in pictures]
-    frozen = stage in ("answer", "reason")
+    frozen = stage == "answer"
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         # Ungrouped first: the tower's labels belong to its own tiles.
         whole = Tiles(torch.cat([t.pixels for t in tiles]), 0, 0, (1, 1))
@@ -553,11 +594,11 @@ def regrouped(flat: torch.Tensor, tiles: Sequence[Tiles]) -> list[torch.Tensor]:
 
 LOSS_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "see": {"tower": 1.0},
-    "read": {"tower": 1.0},
     "gather": {"tower": 0.5, "sampler": 1.0},
-    "answer": {"sampler": 0.03, "answer": 1.0},
-    "reason": {"sampler": 0.03, "answer": 1.0},
-    "polish": {"tower": 0.2, "sampler": 0.4, "answer": 1.0},
+    "answer": {"sampler": 0.2, "answer": 1.0},
+    "polish": {"tower": 0.2, "sampler": 0.3, "answer": 1.0},
+    "finish": {"tower": 0.2, "sampler": 0.3, "answer": 1.0},
+    "compare": {"tower": 0.2, "sampler": 0.3, "answer": 1.0},
 }
 
 
@@ -793,7 +834,9 @@ EXAMPLES: tuple[tuple[tuple[int, ...], str, str], ...] = (
     ((5,), "How many red shapes are there?", "1"),
     ((5,), "What shape is purple?", "triangle"),
     ((12,), "What is to the right of the green square?", "green star"),
+    ((8,), "What does the sign say?", "STAY"),
     ((5, 19), "Which image has more circles?", "first"),
+    ((5, 19), "Is the second image the same as the first?", "no"),
 )
 
 

@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -77,6 +78,22 @@ def test_pairs_stay_within_the_bounds(fonts: list[Path]) -> None:
         assert_within_bounds(first)
         assert_within_bounds(second)
         assert 1 <= len(asked) <= 3
+
+
+def test_pairs_may_be_related_more_often_and_asked_in_more_words(fonts: list[Path]) -> None:
+    def asked(**options: Any) -> list[list[QA]]:
+        rng = random.Random(21)
+        return [world.sample_pair(rng, fonts, 1.0, 8, **options)[2] for _ in range(200)]
+
+    def same(pairs: list[list[QA]]) -> list[list[QA]]:
+        found = [[qa for qa in pair if qa.answer in ("yes", "no")] for pair in pairs]
+        return [pair for pair in found if pair]
+
+    usual, often = same(asked()), same(asked(related=0.75, wordings=4))
+    assert len(often) > 1.2 * len(usual)
+    assert {len(pair) for pair in usual} == {1}
+    assert max(len(pair) for pair in often) == 4
+    assert all(len({qa.answer for qa in pair}) == 1 for pair in often)
 
 
 def test_level_orders_the_world_from_easy_to_hard(fonts: list[Path]) -> None:

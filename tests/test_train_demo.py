@@ -107,7 +107,7 @@ def test_training_resumes_and_writes_a_checkpoint(
     assert [entry["stage"] for entry in history] == [stage.name for stage in TINY]
     engine = xgenmm.load(folder)
     assert engine.config == replace(training.CONFIG, demo=True)
-    assert sum(p.numel() for p in engine.model.parameters()) == 6_147_203
+    assert sum(p.numel() for p in engine.model.parameters()) == 6_149_507
     picture = world.draw(scene_with_sign(6))
     limits = SamplingParams(max_new_tokens=3)
     answer = engine.stream(xgenmm.Request("What does the sign say?", [picture], sampling=limits))
