@@ -3,8 +3,9 @@
 `Predictor` only decouples Cog's interface from inference: it turns the form's inputs into a
 `Request`, passes the answer's text on while it is made, and reports what the answer cost. The
 environment says the rest: `XGENMM_MODEL` (a released name, `demo`, or a folder), `XGENMM_DEVICE`,
-`XGENMM_DTYPE`, `XGENMM_TIMEOUT` (seconds after which an answer ends where it is), and Cog's own
-`COG_MAX_CONCURRENCY`, which `cog build` takes from the decorator of `predict`.
+`XGENMM_DTYPE`, `XGENMM_QUANTIZE` (`int8` or `fp8`), `XGENMM_TIMEOUT` (seconds after which an answer
+ends where it is), and Cog's own `COG_MAX_CONCURRENCY`, which `cog build` takes from the decorator
+of `predict`.
 
 Cog builds the form from this file without running it and takes texts as they stand here, so every
 description and default is one plain literal without escapes, whatever its length.
@@ -15,6 +16,7 @@ import atexit
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -29,17 +31,16 @@ from cog import (
     concurrent,
     streaming,
 )
-from PIL import Image
 
 import xgenmm
 from xgenmm.engine import Engine, Request
 from xgenmm.errors import InputError
-from xgenmm.images import read_picture
 from xgenmm.prompts import parse_messages
 from xgenmm.sampling import SamplingParams
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 MOST_BEAMS = 8  # of one prediction, each of which takes a slot
+SWITCH_SECONDS = 0.0002
 
 Number = TypeVar("Number", int, float)
 
@@ -57,13 +58,18 @@ class Predictor(BasePredictor):
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
         self.timeout = _setting("XGENMM_TIMEOUT", float)
+        # The model's thread gives up the interpreter at each of its many short operations, and is
+        # to have it back sooner than after the 5 ms that Python grants to whoever took it.
+        sys.setswitchinterval(SWITCH_SECONDS)
         log.info("loading %s", model)
         self.engine = xgenmm.load(
             model,
             device=os.environ.get("XGENMM_DEVICE") or None,
             dtype=os.environ.get("XGENMM_DTYPE") or None,
+            quantize=os.environ.get("XGENMM_QUANTIZE") or None,
             slots=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
         )
+        self.engine.warm_up()
         # Cog has no hook for the end; its worker comes here when the last prediction is over.
         atexit.register(self.engine.close)
 
@@ -189,7 +195,10 @@ class Predictor(BasePredictor):
         record_metric: Callable[[str, Any], None],
     ) -> Iterator[str]:
         """Yield the answer's pieces until it ends or `prediction` is cancelled; record its cost."""
-        answer = self.engine.stream(replace(request, pictures=_pictures(image, images)))
+        pictures = [
+            self.engine.tiles(source.read_bytes(), name) for name, source in _sources(image, images)
+        ]
+        answer = self.engine.stream(replace(request, pictures=pictures))
         prediction.add_done_callback(lambda _: answer.cancel())
         try:
             yield from answer
@@ -230,8 +239,8 @@ def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
     raise InputError(name, f"must be a number above 0, not {text!r}")
 
 
-def _pictures(image: Path | None, images: Sequence[Path]) -> list[Image.Image]:
-    """Read the pictures that Cog has fetched.
+def _sources(image: Path | None, images: Sequence[Path]) -> list[tuple[str, Path]]:
+    """The pictures that Cog has fetched, in their order, each with the name of its input.
 
     A `str` is what Cog did not take for an address. It must not be opened: it would be a path on
     this machine, chosen by a stranger.
@@ -241,4 +250,4 @@ def _pictures(image: Path | None, images: Sequence[Path]) -> list[Image.Image]:
     for name, source in sources:
         if isinstance(source, str):
             raise InputError(name, "must be an http:// or https:// address or a data URL")
-    return [read_picture(source, name) for name, source in sources]
+    return sources

@@ -10,6 +10,9 @@ picture   a mid-size random model: the second question about a picture against t
 golden    what the original implementation computed, all at once, beside other requests
 soak      random requests, good and bad, read, cancelled and left: slots, memory, outcomes
 choices   the demo's scenes: right answers by `choices` against free ones; JSON by a schema
+quantised the demo's scenes: right answers and drift of the logits by kind of quantisation
+cpu       a mid-size random model against `transformers`
+gpu       a random model of the released size, everything that a GPU is for (`benchmark_gpu.py`)
 """
 
 import argparse
@@ -39,14 +42,18 @@ import httpx
 import jsonschema
 import psutil
 import torch
+import transformers
 from PIL import Image
 
 import xgenmm
+from scripts import benchmark_gpu
 from scripts import demo_world as world
+from scripts.figures import HEAD, Row
 from scripts.local_server import ROOT, LocalServer, serving
 from scripts.train_demo import EVALUATION_SEED
 from xgenmm.caches import PromptKeys
 from xgenmm.config import DecoderConfig, SamplerConfig, VisionConfig, XGenMMConfig
+from xgenmm.decoder import KVCache
 from xgenmm.engine import Answer, Engine, Request
 from xgenmm.errors import EngineError, InputError
 from xgenmm.generate import generate
@@ -54,6 +61,7 @@ from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
 from xgenmm.parity import golden_model, golden_prompt
 from xgenmm.prompts import Message, Prompt
+from xgenmm.quantize import KINDS, drift
 from xgenmm.sampling import SamplingParams
 from xgenmm.scheduler import Job, Scheduler, StopReason
 from xgenmm.tiles import Tiles, tile_picture
@@ -72,48 +80,14 @@ class Options:
     """What a person may ask for.
 
     requests: how many, in place of a part's own number. scenes: of the demo's world.
-    golden: a folder of golden folders; None for those of the tests.
+    golden: a folder of golden folders; None for those of the tests. tiny: only see that `cpu` and
+    `gpu` run, on any device.
     """
 
     requests: int | None = None
     scenes: int = 500
     golden: Path | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure, and what it should be."""
-
-    part: str
-    measured: str
-    value: float
-    unit: str = ""
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal is met; None if there is none."""
-        if self.at_least is None and self.at_most is None:
-            return None
-        low = -float("inf") if self.at_least is None else self.at_least
-        high = float("inf") if self.at_most is None else self.at_most
-        return low <= self.value <= high
-
-    def __str__(self) -> str:
-        goal = ""
-        if self.at_least is not None:
-            goal = f"≥ {_figure(self.at_least, self.unit)}"
-        elif self.at_most is not None:
-            goal = f"≤ {_figure(self.at_most, self.unit)}"
-        met = {True: "yes", False: "**no**", None: ""}[self.met]
-        cells = (self.part, self.measured, _figure(self.value, self.unit), goal, met)
-        return f"| {' | '.join(cells)} |"
-
-
-def _figure(value: float, unit: str) -> str:
-    digits = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
-    return f"{digits} {unit}".strip()
+    tiny: bool = False
 
 
 # http: what many clients share, and what the engine costs one of them
@@ -193,6 +167,7 @@ def _rate(server: LocalServer, clients: int, conversations: Sequence[Sequence[by
 
 def _body(request: Request) -> bytes:
     (picture,) = request.pictures
+    assert isinstance(picture, Image.Image)
     file = io.BytesIO()
     picture.save(file, "PNG")
     image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -236,8 +211,7 @@ def _direct(engine: Engine, request: Request) -> str:
     """The greedy answer by the model alone: one prefill, then one decode step a token."""
     model, decoded, text = engine.model, engine.tokens.stream(), ""
     prompt = engine.prompt(request)
-    tile = engine.config.vision.image_size
-    tiles = [tile_picture(picture, engine.config.tiling, tile) for picture in request.pictures]
+    tiles = [engine.tiles(picture) for picture in request.pictures]
     embeds = model.fuse(prompt, model.encode(tiles, prompt))
     limit = request.sampling.max_new_tokens
     for token in generate(model, embeds, request.sampling, limit, engine.end_ids):
@@ -750,6 +724,56 @@ def choices(options: Options) -> list[Row]:
     return [*rows, Row("choices", what, share, "%", at_least=100)]
 
 
+# quantised: what narrower weights cost
+
+
+def quantised(options: Options) -> list[Row]:
+    """Right answers of the demo by kind of quantisation, and how far its first logits drift."""
+    groups = _groups(options.scenes)
+    rows: list[Row] = []
+    exact = torch.empty(0)
+    for kind in (None, *KINDS):
+        engine = xgenmm.load("demo", device="cpu", slots=CLIENTS, quantize=kind)
+        with ThreadPoolExecutor(engine.slots) as pool:
+            right = [one for found in pool.map(partial(_right, engine), groups) for one in found]
+        logits = torch.cat([_first_logits(engine, group[0]) for group in groups])
+        engine.close()
+        name = kind or "float32"
+        share = 100 * sum(right) / len(right)
+        rows.append(Row("quantised", f"{name}: right ({len(right)} questions)", share, "%"))
+        if kind is None:
+            exact = logits
+            continue
+        moved = drift(exact, logits)
+        rows += [
+            Row("quantised", f"{name}: drift of the logits", 100 * moved.relative, "%"),
+            Row("quantised", f"{name}: same first token", 100 * moved.agreement, "%"),
+        ]
+    return rows
+
+
+def _right(engine: Engine, group: Sequence[world.Case]) -> list[bool]:
+    pictures = group[0].pictures
+    answers = [engine.stream(Request(case.question, pictures)) for case in group]
+    return [
+        answer.text().lower() == case.answer.lower()
+        for answer, case in zip(answers, group, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _first_logits(engine: Engine, case: world.Case) -> torch.Tensor:
+    """Logits [1, vocab] of the first token of an answer."""
+    model, request = engine.model, Request(case.question, case.pictures)
+    prompt = engine.prompt(request)
+    tiles = [engine.tiles(picture) for picture in request.pictures]
+    embeds = model.fuse(prompt, model.encode(tiles, prompt))
+    cache = KVCache.allocate(
+        model.config.decoder, 1, embeds.shape[0], device=model.device, dtype=model.dtype
+    )
+    return model.prefill([embeds], cache)
+
+
 def _groups(scenes: int) -> list[list[world.Case]]:
     """The demo's evaluation set: the questions on each picture or pair."""
     cases = world.evaluation_set(EVALUATION_SEED, world.held_out_fonts(), scenes)
@@ -764,18 +788,23 @@ PARTS: Mapping[str, Callable[[Options], list[Row]]] = {
     "golden": golden,
     "soak": soak,
     "choices": choices,
+    "quantised": quantised,
+    "cpu": lambda options: benchmark_gpu.cpu(tiny=options.tiny),
+    "gpu": lambda options: benchmark_gpu.gpu(tiny=options.tiny),
 }
 
 
 def machine() -> str:
-    """The machine's name, as a figure needs it."""
+    """The machine's name and the versions, as a figure needs them."""
     cpu = next(
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     )
     cores = len(os.sched_getaffinity(0))
-    return f"{cpu}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device}{cpu}, {cores} cores, Python {platform.python_version()}, {versions}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -789,19 +818,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, help="instead of each part's own number")
     parser.add_argument("--scenes", type=int, default=500, help="of the demo's world")
     parser.add_argument("--golden", type=Path, help="a folder of golden folders")
+    parser.add_argument("--tiny", action="store_true", help="of cpu and gpu: only see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - {*PARTS, "all"}:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)} and all")
-    names = list(PARTS) if not given.parts or "all" in given.parts else given.parts
+    everywhere = [name for name in PARTS if name != "gpu" or torch.cuda.is_available()]
+    names = everywhere if not given.parts or "all" in given.parts else given.parts
+    if "gpu" in names and not (given.tiny or torch.cuda.is_available()):
+        parser.error("gpu: PyTorch sees no GPU here; with --tiny it runs, and measures nothing")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    options = Options(given.requests, given.scenes, given.golden)
-    print(f"{machine()}\n\n| part | measured | figure | goal | met |\n|---|---|---|---|---|")
+    options = Options(given.requests, given.scenes, given.golden, given.tiny)
+    print(f"{machine()}\n\n{HEAD}")
     rows: list[Row] = []
     for name in names:
         for row in PARTS[name](options):
             print(row, flush=True)
             rows.append(row)
+    if given.markdown:
+        table = "\n".join([HEAD, *map(str, rows)])
+        given.markdown.write_text(f"{machine()}\n\n{table}\n")
     if given.json:
         figures = [asdict(row) | {"met": row.met} for row in rows]
         given.json.write_text(json.dumps({"machine": machine(), "rows": figures}, indent=1) + "\n")

@@ -16,7 +16,7 @@ answer   sampler and decoder learn to answer; the tower stands still, which save
          time;
 polish   all together, at a falling learning rate;
 finish   the same, mostly on two pictures at once, with questions on either of them;
-compare the same, mostly on two pictures that are equal or nearly so.
+compare  the same, mostly on two pictures that are equal or nearly so.
 
 Many questions share one encoding of a picture: they are branches of one row, which see the
 picture's prefix and themselves. The heads that the first stages need are dropped at the end.

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from scripts import benchmark
-from scripts.benchmark import Row, main
+from scripts.benchmark import main
+from scripts.figures import Row
 from scripts.local_server import LocalServer
 
 SMALL = replace(
@@ -20,7 +21,8 @@ SMALL = replace(
 
 
 @pytest.mark.parametrize(
-    ("part", "requests", "goals"), [("http", 1, 2), ("picture", 1, 1), ("choices", 7, 2)]
+    ("part", "requests", "goals"),
+    [("http", 1, 2), ("picture", 1, 1), ("choices", 7, 2), ("quantised", 1, 0)],
 )
 def test_part(
     part: str,

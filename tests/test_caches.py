@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from xgenmm.caches import BLOCK, PrefixCache, PromptKeys, TensorStore, picture_key
+from xgenmm.caches import BLOCK, PrefixCache, PromptKeys, Store, picture_key
 from xgenmm.config import DecoderConfig
 from xgenmm.decoder import KVCache
 from xgenmm.prompts import Prompt
@@ -36,7 +36,7 @@ def keys_of(prompt: Prompt, *pictures: Tiles, instructed: bool = False) -> Promp
 
 
 def test_store_forgets_what_was_used_longest_ago() -> None:
-    store = TensorStore(10 * 1024)
+    store = Store[torch.Tensor](10 * 1024)
     for name in (b"a", b"b", b"c"):
         store.put(name, tensor(3))
     assert store.get(b"a") is not None  # now b is the oldest

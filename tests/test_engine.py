@@ -1,7 +1,9 @@
 """Requests to streamed text: prompts, limits, stopping, cancelling, on tiny random checkpoints."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,35 @@ def test_several_pictures_turns_and_none(engine: Engine) -> None:
     alone = engine.stream(Request("Tell me a joke.", sampling=params()))
     assert "".join(alone)
     assert alone.usage.image_tokens == 0
+
+
+def encoded(shown: Image.Image, format_: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    shown.save(file, format_)
+    return file.getvalue()
+
+
+def test_a_file_seen_lately_is_not_read_again(engine: Engine) -> None:
+    red, blue = encoded(picture()), encoded(picture(color="blue"))
+    tiles = engine.tiles(red)
+    assert engine.tiles(bytes(bytearray(red))) is tiles
+    assert engine.tiles(blue) is not tiles
+    assert engine.tiles(tiles) is tiles
+    assert torch.equal(engine.tiles(picture()).pixels, tiles.pixels)
+    request = Request("What is it?", [picture()], sampling=params())
+    assert text(engine, replace(request, pictures=[tiles])) == text(engine, request)
+
+
+def test_an_engine_that_keeps_nothing_keeps_no_file(tmp_path: Path) -> None:
+    forgetful = xgenmm.load(tiny.checkpoint(tmp_path), cache_bytes=0)
+    red = encoded(picture())
+    assert forgetful.tiles(red) is not forgetful.tiles(red)
+
+
+def test_a_file_that_is_no_picture_is_refused_by_its_name(engine: Engine) -> None:
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"^images\[3\]: "):
+            engine.tiles(b"no picture", "images[3]")
 
 
 def test_empty_question_asks_for_a_caption(engine: Engine) -> None:

@@ -28,6 +28,7 @@ SETTINGS = (
     "XGENMM_MODEL",
     "XGENMM_DEVICE",
     "XGENMM_DTYPE",
+    "XGENMM_QUANTIZE",
     "XGENMM_TIMEOUT",
     "COG_MAX_CONCURRENCY",
 )
@@ -77,6 +78,9 @@ class Engine:
         self.requests.append(request)
         return self.answer
 
+    def warm_up(self) -> None:
+        """There is nothing to warm."""
+
     def check(self) -> None:
         if self.failure:
             raise self.failure
@@ -120,7 +124,7 @@ def start(
 def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     predictor(monkeypatch, engine)
-    nothing = {"device": None, "dtype": None, "slots": MOST_BEAMS}
+    nothing = {"device": None, "dtype": None, "quantize": None, "slots": MOST_BEAMS}
     assert engine.loaded == ("xgen-mm-phi3-mini-instruct-interleave-r-v1.5", nothing)
     predictor(
         monkeypatch,
@@ -128,9 +132,11 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         XGENMM_MODEL="demo",
         XGENMM_DEVICE="cpu",
         XGENMM_DTYPE="float32",
+        XGENMM_QUANTIZE="int8",
         COG_MAX_CONCURRENCY="12",
     )
-    assert engine.loaded == ("demo", {"device": "cpu", "dtype": "float32", "slots": 12})
+    named = {"device": "cpu", "dtype": "float32", "quantize": "int8"}
+    assert engine.loaded == ("demo", {**named, "slots": 12})
 
 
 @pytest.mark.parametrize("name", ["XGENMM_TIMEOUT", "COG_MAX_CONCURRENCY"])

@@ -29,9 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint(tmp_path_factory.mktemp("anyres"))
 
 
-@pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
+@pytest.fixture(params=[0, 1], ids=["in step", "a step ahead"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     started = xgenmm.load(folder, slots=SLOTS, cache_bytes=1 << 24)
+    started._scheduler.ahead = request.param  # 1 is what a GPU does
     yield started
     started.close()
     assert_all_free(started)
@@ -66,10 +67,7 @@ def asking(question: str = "What is it?", *colors: str, **settings: Any) -> Requ
 
 def alone(engine: Engine, request: Request) -> str:
     """The answer by the direct way, one request at a time."""
-    tiles = [
-        tile_picture(p, engine.config.tiling, engine.config.vision.image_size)
-        for p in request.pictures
-    ]
+    tiles = [engine.tiles(picture) for picture in request.pictures]
     prompt = engine.prompt(request)
     embeds = engine.model.fuse(prompt, engine.model.encode(tiles, prompt))
     params, text = request.sampling, engine.tokens.stream()
@@ -207,6 +205,7 @@ def test_async_iteration(engine: Engine) -> None:
     assert asyncio.run(both()) == [alone(engine, asking(q)) for q in ("One?", "Two?")]
 
 
+@pytest.mark.parametrize("engine", [0], indirect=True)  # the gate holds up the host too
 def test_a_reader_whose_loop_is_closed_does_no_harm(engine: Engine) -> None:
     async def first(answer: Answer) -> str:
         async for piece in answer:
@@ -393,12 +392,20 @@ def test_cancel_frees_the_slot_within_a_step(engine: Engine) -> None:
     pieces = [iter(answer) for answer in answers]
     for one in pieces:
         next(one)
+    expected = alone(engine, asking("Me too?", limit=2))
     waiting = engine.stream(asking("Me too?", limit=2))
-    with recorded(engine.model, "decode") as calls:
+    with (
+        recorded(engine.model, "decode", "extend") as calls,
+        gate(engine.model, "decode") as (come, go_on),
+    ):
+        assert come.wait(60)
         answers[2].cancel()
-        assert waiting.text() == alone(engine, asking("Me too?", limit=2))
+        before = len(calls)
+        go_on.set()
+        assert waiting.text() == expected
     assert answers[2].usage.stop_reason == "cancelled"
-    assert len(calls) <= 12
+    # The step that was held, and then the one who waited has the slot.
+    assert [name for name, _ in calls[before:]].index("extend") == 1
     for answer in answers:
         answer.cancel()
         answer.text()

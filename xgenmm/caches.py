@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +24,24 @@ BLOCK = 32
 """Positions whose keys and values are kept and found together."""
 
 
-class TensorStore:
-    """Tensors by key; what was used longest ago goes first when they outgrow `budget` bytes."""
+class Sized(Protocol):
+    """What says how much memory it takes, as a tensor does."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+
+
+Item = TypeVar("Item", bound=Sized)
+
+
+class Store(Generic[Item]):
+    """Items by key; what was used longest ago goes first when they outgrow `budget` bytes."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.used = 0
-        self._held: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._held: OrderedDict[bytes, Item] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -37,18 +49,18 @@ class TensorStore:
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
 
-    def get(self, key: bytes) -> torch.Tensor | None:
-        """The tensor, which counts as used now, or None."""
+    def get(self, key: bytes) -> Item | None:
+        """The item, which counts as used now, or None."""
         if key in self._held:
             self._held.move_to_end(key)
         return self._held.get(key)
 
-    def put(self, key: bytes, tensor: torch.Tensor) -> None:
-        """Keep a tensor that is nobody else's view; one larger than the budget is not kept."""
-        if key in self._held or tensor.nbytes > self.budget:
+    def put(self, key: bytes, item: Item) -> None:
+        """Keep an item that is nobody else's view; one larger than the budget is not kept."""
+        if key in self._held or item.nbytes > self.budget:
             return
-        self._held[key] = tensor
-        self.used += tensor.nbytes
+        self._held[key] = item
+        self.used += item.nbytes
         while self.used > self.budget:
             _, oldest = self._held.popitem(last=False)
             self.used -= oldest.nbytes
@@ -67,7 +79,7 @@ class PrefixCache:
     """
 
     def __init__(self, budget: int) -> None:
-        self.store = TensorStore(budget)
+        self.store: Store[torch.Tensor] = Store(budget)
 
     def restore(self, keys: Sequence[bytes], cache: KVCache, row: int) -> int:
         """Fill the front of a row with the blocks that are held; returns how many positions."""

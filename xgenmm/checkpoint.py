@@ -10,22 +10,25 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from xgenmm import quantize as quantization
 from xgenmm.config import ConfigError, XGenMMConfig, from_json
 
 logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 REPOSITORY_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-BUFFER_BYTES = 16 * 2**20
+BUFFER_BYTES = 4 * 2**20
+READERS = 4
 
 _DTYPES = {
     "F64": torch.float64,
@@ -263,14 +266,20 @@ def read_chunks(
 
 
 def load_parameters(
-    model: nn.Module, folder: Path, *, device: torch.device | str, dtype: torch.dtype
+    model: nn.Module,
+    folder: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quantize: str | None = None,
 ) -> None:
     """Replace the model's parameters and persistent buffers by those of a checkpoint folder.
 
     The model may be built on the meta device and must carry the released names. Whatever is
-    floating is cast to `dtype` while it is read and moved straight to `device`; peak host memory is
-    the result (if it stays on the host) and BUFFER_BYTES or so. Buffers that are not persistent
-    are left as they are.
+    floating is cast to `dtype` while it is read and moved straight to `device`, several tensors at
+    a time; peak host memory is the result (if it stays on the host) and READERS * BUFFER_BYTES or
+    so. Buffers that are not persistent are left as they are. `quantize`, a kind of
+    `quantize.KINDS`, makes the decoder's linear layers quantised ones, each as it is read.
 
     Raises CheckpointError that names every missing, unexpected, mis-shaped and mis-typed tensor, or
     the file that is cut or corrupt; the model is then unchanged.
@@ -279,20 +288,34 @@ def load_parameters(
     wanted = model.state_dict()
     _check_fit(folder, stored, wanted)
     device = torch.device(device)
-    buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    state = {}
-    for path, tensors in groupby(stored.values(), key=lambda tensor: tensor.path):
-        logger.info("reading %s", path)
-        with path.open("rb") as file:
-            for tensor in tensors:
-                kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
-                values = torch.empty(tensor.shape, dtype=kept, device=device)
-                flat, start = values.view(-1), 0
+    logger.info("reading %s", folder)
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(READERS):
+        pinned = device.type == "cuda"
+        buffers.put(torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=pinned))
+
+    def read(tensor: StoredTensor) -> dict[str, torch.Tensor]:
+        kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        values = torch.empty(tensor.shape, dtype=kept, device=device)
+        flat, start = values.view(-1), 0
+        buffer = buffers.get()
+        try:
+            with tensor.path.open("rb") as file:
                 for run in read_chunks(tensor, file, buffer):
                     # Moved before it is cast: a GPU casts faster than the host.
                     flat[start : start + len(run)].copy_(run.to(device))
                     start += len(run)
-                state[tensor.name] = values
+        finally:
+            buffers.put(buffer)
+        return quantization.stored(tensor.name, values, quantize)
+
+    state: dict[str, torch.Tensor] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        # Leaving `map` early, on an error, cancels what has not begun.
+        for tensors in pool.map(read, stored.values()):
+            state |= tensors
+    if quantize is not None:
+        quantization.prepare(model, quantize)
     model.load_state_dict(state, assign=True)
 
 

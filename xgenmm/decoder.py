@@ -101,17 +101,17 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[rows, t, hidden_size] -> the same shape; writes to the step's cache, if it has one."""
         qkv = self.qkv_proj(hidden).unflatten(-1, (3, self.heads, -1))
-        query, key, value = qkv.unbind(2)  # [rows, t, heads, head_dim]
-        query, key = _rotate(query, rotary), _rotate(key, rotary)
+        query, key = _rotate(qkv[:, :, :2], rotary).transpose(1, 3).unbind(2)
+        value = qkv[:, :, 2].transpose(1, 2)  # all three [rows, heads, t, head_dim]
         if step.cache is not None:
             keys, values = step.cache.keys[layer], step.cache.values[layer]
-            keys[step.rows, :, step.indices] = key
-            values[step.rows, :, step.indices] = value
-            keys, values = keys[step.read, :, : step.length], values[step.read, :, : step.length]
-        else:
-            keys, values = key.transpose(1, 2), value.transpose(1, 2)
-        query = query.transpose(1, 2)
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=step.mask)
+            step.write(keys, key)
+            step.write(values, value)
+            if not step.causal:
+                key, value = keys[step.read, :, step.seen], values[step.read, :, step.seen]
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=step.mask, is_causal=step.causal
+        )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -167,18 +167,31 @@ class Step:
     """Where the tokens of one forward pass stand: the same for every layer.
 
     positions int64 [rows, t] are what the rotary angles say. rows int64 [rows, 1] and indices
-    int64 [rows, t] are where keys and values go in the cache, `read` selects the same rows of it.
-    mask bool [rows, 1, t, length] says which of the first `length` keys a token sees. Without a
-    cache the tokens of the pass see each other and nothing else.
+    int64 [rows, t] are where keys and values go in the cache, `read` selects the same rows of it
+    and `start` is the first index where all rows go to one and the same run of them.
+
+    Of the keys that `seen` selects, mask bool [rows, 1, t, seen] says which ones a token sees; None
+    is all of them. `causal` instead: the tokens of the pass see those before them and no other,
+    as they do in a first pass, so the cache need not be read. Without a cache the tokens of the
+    pass see each other and nothing else.
     """
 
     positions: torch.Tensor
-    length: int
-    mask: torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool = False
     cache: KVCache | None = None
     rows: torch.Tensor | None = None
     read: torch.Tensor | slice | None = None
     indices: torch.Tensor | None = None
+    start: int | None = None
+    seen: slice | None = None
+
+    def write(self, cached: torch.Tensor, new: torch.Tensor) -> None:
+        """Put [rows, heads, t, head_dim] in its place in one layer's keys or values."""
+        if self.start is None:
+            cached[self.rows, :, self.indices] = new.transpose(1, 2)
+        else:
+            cached[self.read, :, self.start : self.start + new.shape[2]] = new
 
 
 class Phi3Decoder(nn.Module):
@@ -204,6 +217,7 @@ class Phi3Decoder(nn.Module):
         rows: torch.Tensor | None = None,
         indices: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        start: int | None = None,
     ) -> torch.Tensor:
         """Final hidden states of `embeds`, whose keys and values are written to the cache.
 
@@ -219,22 +233,33 @@ class Phi3Decoder(nn.Module):
             indices: int64 [rows, t], where in the row the keys go; by default at their positions.
             mask: bool [rows, 1, t, length], the keys that a token sees; by default the window
                 that ends at its own position.
+            start: where the host knows that the positions of every row are `start`, `start` + 1
+                and so on: spares the mask of a first pass and of a decode step. The result is the
+                same without it.
 
         Returns:
             [rows, t, hidden_size], normed; `lm_head` makes logits of those one wants.
         """
-        count = embeds.shape[0]
+        count, tokens = embeds.shape[:2]
+        window, seen, causal = self.config.window_keys, slice(length), False
         if mask is None:
-            mask = visible_keys(positions, length, self.config.window_keys)
+            if start is not None and tokens == 1:
+                seen = slice(max(0, start + 1 - window), start + 1)
+            elif start == 0 and tokens <= window:
+                causal = True
+            else:
+                mask = visible_keys(positions, length, window)
         written = torch.arange(count, device=embeds.device) if rows is None else rows
         step = Step(
             positions,
-            length,
             mask,
+            causal,
             cache,
             rows=written[:, None],
             read=slice(count) if rows is None else rows,
             indices=positions if indices is None else indices,
+            start=start if indices is None else None,
+            seen=seen,
         )
         return self._run(embeds, step)
 
@@ -245,7 +270,7 @@ class Phi3Decoder(nn.Module):
 
         mask: bool [rows, 1, t, t]; rows, positions and the result are as in `forward`.
         """
-        return self._run(embeds, Step(positions, embeds.shape[1], mask))
+        return self._run(embeds, Step(positions, mask))
 
     def _run(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         config = self.config
@@ -264,10 +289,10 @@ def visible_keys(positions: torch.Tensor, length: int, window: int) -> torch.Ten
 def rotary_angles(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [rows, t, 1, head_dim] of rotary positions (arXiv 2104.09864, eq. 34)."""
+    """Cosine and sine [rows, t, 1, 1, head_dim] of rotary positions (arXiv 2104.09864, eq. 34)."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / theta ** (pairs / head_dim)
-    angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, :, None]
+    angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, :, None, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

@@ -5,6 +5,7 @@ the thread of `scheduler.py`, for many requests at once.
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import threading
@@ -21,12 +22,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from xgenmm.caches import PromptKeys
+from xgenmm.caches import PromptKeys, Store
 from xgenmm.checkpoint import load_parameters, read_config, resolve
 from xgenmm.constraints import Constraint, Grammars
 from xgenmm.errors import InputError
+from xgenmm.fast import MAX_ROWS, lay_out_by_column
+from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
 from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, chat_prompt, few_shot_prompt
+from xgenmm.quantize import check_kind
 from xgenmm.sampling import SamplingParams, StopText
 from xgenmm.scheduler import Job, Scheduler, StopReason, Usage
 from xgenmm.tiles import Tiles, tile_picture
@@ -37,6 +41,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SLOTS = 16
 MAX_CACHE_BYTES = 4 << 30
+MAX_TILE_BYTES = 256 << 20
 MAX_CHOICES = 256
 
 
@@ -44,7 +49,8 @@ MAX_CHOICES = 256
 class Request:
     """One question.
 
-    pictures: upright RGB. system_prompt: None is the trained default.
+    pictures: upright RGB, or what `Engine.tiles` made of one. system_prompt: None is the trained
+        default.
     choices: the answer is the one of these that is likeliest, given pictures and question; the
         settings of `sampling` then have no meaning.
     json_schema: the answer is JSON that this JSON Schema admits.
@@ -52,7 +58,7 @@ class Request:
     """
 
     question: str
-    pictures: Sequence[Image.Image] = ()
+    pictures: Sequence[Image.Image | Tiles] = ()
     system_prompt: str | None = None
     messages: tuple[Message, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -168,12 +174,10 @@ class Engine:
         self.tokens = tokens
         self.config = model.config
         self.end_ids = frozenset(tokens.id(token) for token in self.config.text.stop_tokens)
-        self._scheduler = Scheduler(
-            model,
-            self.end_ids,
-            _fitting_slots(model, slots),
-            _default_cache_bytes(model) if cache_bytes is None else cache_bytes,
-        )
+        budget = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
+        self._scheduler = Scheduler(model, self.end_ids, _fitting_slots(model, slots), budget)
+        self._tiles: Store[Tiles] = Store(min(budget, MAX_TILE_BYTES))
+        self._tiles_lock = threading.Lock()
         # The thread knows the scheduler alone, so an engine that nobody holds ends its thread.
         weakref.finalize(self, self._scheduler.close, wait=False)
 
@@ -181,6 +185,27 @@ class Engine:
     def slots(self) -> int:
         """How many requests are answered at once."""
         return self._scheduler.slots
+
+    def tiles(self, picture: bytes | Image.Image | Tiles, name: str = "image") -> Tiles:
+        """A picture in tiles, for a request. May be called from any thread.
+
+        picture: an encoded file (one that was read lately is not read again), upright RGB, or tiles
+            already. name: the input that an error speaks of.
+
+        Raises InputError as `read_picture` does.
+        """
+        if isinstance(picture, Tiles):
+            return picture
+        if isinstance(picture, Image.Image):
+            return tile_picture(picture, self.config.tiling, self.config.vision.image_size)
+        key = hashlib.sha256(picture).digest()
+        with self._tiles_lock:
+            tiles = self._tiles.get(key)
+        if tiles is None:
+            tiles = self.tiles(read_picture(picture, name))
+            with self._tiles_lock:
+                self._tiles.put(key, tiles)
+        return tiles
 
     def stream(self, request: Request) -> Answer:
         """Check the request, tile its pictures and queue it; may be called from any thread.
@@ -192,8 +217,7 @@ class Engine:
         started = time.monotonic()
         self._check(request)
         prompt = self.prompt(request)
-        tile = self.config.vision.image_size
-        pictures = [tile_picture(p, self.config.tiling, tile) for p in request.pictures]
+        pictures = [self.tiles(picture) for picture in request.pictures]
         choices = [self._choice_ids(choice) for choice in request.choices]
         answer = Answer(self.tokens, self.end_ids, request.sampling.stop_sequences, request.choices)
         room = self._measure(prompt, pictures, answer.usage)
@@ -217,6 +241,11 @@ class Engine:
         )
         self._scheduler.submit(job)
         return answer
+
+    def warm_up(self) -> None:
+        """Answer a small request, so that nobody pays for what a process does only once."""
+        shown = Image.new("RGB", (64, 64))
+        self.stream(Request("", [shown], sampling=SamplingParams(max_new_tokens=4))).text()
 
     def check(self) -> None:
         """Raise EngineError if the engine is dead or stuck; cheap, from any thread."""
@@ -318,6 +347,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     slots: int = MAX_SLOTS,
     cache_bytes: int | None = None,
+    quantize: str | None = None,
 ) -> Engine:
     """An engine for a released name, `demo`, or a checkpoint folder.
 
@@ -329,16 +359,19 @@ def load(
             ones wait.
         cache_bytes: memory for what is kept of pictures and prompts between requests; by default
             an eighth of what is free, at most 4 GB.
+        quantize: `int8` or `fp8` for the weights of the decoder's layers; by default neither.
 
     Raises:
         CheckpointError: not on this disk, or broken; the message says what to type.
-        InputError: a device or dtype that does not exist here, or no slot.
+        InputError: a device, dtype or quantization that does not exist here, or no slot.
     """
     if slots < 1:
         raise InputError("slots", f"must be at least 1, not {slots}")
     folder: Path = resolve(name_or_folder)
     where = _device(device)
     kind = _dtype(dtype, where)
+    if quantize is not None:
+        check_kind(quantize, where)
     started = time.monotonic()
     config = read_config(folder)
     if config.demo:
@@ -346,12 +379,14 @@ def load(
     tokens = Tokens.from_folder(folder, config.text.convention, config.additional_ids)
     with torch.device("meta"):
         model = XGenMM(config)
-    load_parameters(model, folder, device=where, dtype=kind)
+    load_parameters(model, folder, device=where, dtype=kind, quantize=quantize)
+    if where.type == "cpu" and kind == torch.float32:
+        lay_out_by_column(model.decoder)
     engine = Engine(model, tokens, slots, cache_bytes)
     seconds = time.monotonic() - started
     logger.info(
         "%s: ready on %s in %s with %d slots after %.1f s",
-        folder.name, where, kind, engine.slots, seconds,
+        folder.name, where, quantize or kind, engine.slots, seconds,
     )  # fmt: skip
     return engine
 
@@ -368,6 +403,7 @@ def _fitting_slots(model: XGenMM, wanted: int) -> int:
     position = 2 * decoder.num_layers * decoder.hidden_size * model.dtype.itemsize
     slot = position * (decoder.max_positions + 1)
     fit = max(1, _free_memory(model.device) // 2 // slot)
+    fit = min(fit, MAX_ROWS)
     if fit < wanted:
         logger.warning(
             "%d slots of %.1f GB fit half of the free memory, not %d: more requests wait",

@@ -91,6 +91,7 @@ class XGenMM(nn.Module):
             cache,
             max(start + length for start, length in zip(starts, lengths, strict=True)),
             rows=None if rows is None else torch.tensor(rows, device=device),
+            start=starts[0] if len(set(starts)) == 1 else None,
         )
         last = torch.tensor(lengths, device=device) - 1
         return self.logits(hidden[torch.arange(count, device=device), last])
@@ -148,7 +149,11 @@ class XGenMM(nn.Module):
         Returns float32 [rows, initial_vocab + additional].
         """
         embeds = self.decoder.embed(tokens)[:, None]
-        hidden = self.decoder(embeds, positions[:, None], cache, length or cache.positions)
+        # Where the host may look at a position for nothing, a single row needs no mask.
+        start = int(positions) if positions.device.type == "cpu" and len(positions) == 1 else None
+        hidden = self.decoder(
+            embeds, positions[:, None], cache, length or cache.positions, start=start
+        )
         return self.logits(hidden[:, 0])
 
     def features(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:

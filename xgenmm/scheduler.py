@@ -10,6 +10,9 @@ its end. A row's next token goes to `Slots.position`, also in rows that are stil
 or idle: a decode step runs over all rows up to the last busy one, and what it writes for the others
 lands where it is overwritten before it is ever seen. Shapes are static but for the number of rows,
 a power of two, and of keys.
+
+On a GPU a step begins before the host has seen the tokens of the one before it, so the device never
+waits for the host; a row that has ended then makes one token more, which nobody gets.
 """
 
 import logging
@@ -24,10 +27,11 @@ from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 
-from xgenmm.caches import BLOCK, PrefixCache, PromptKeys, TensorStore
+from xgenmm.caches import BLOCK, PrefixCache, PromptKeys, Store
 from xgenmm.constraints import Constraint
 from xgenmm.decoder import KVCache
 from xgenmm.errors import EngineError, InputError
+from xgenmm.fast import fast_decode
 from xgenmm.model import XGenMM
 from xgenmm.prompts import Prompt
 from xgenmm.sampling import BeamSearch, SamplingParams
@@ -50,6 +54,10 @@ PICTURE_SHARE = 1 / 8
 
 STUCK = 300.0
 """Seconds without a step after which a busy engine counts as stuck."""
+
+SMALL = 64 << 20
+"""Bytes of weights up to which a decode step is quicker with one thread of a CPU than with several,
+which meet after every product."""
 
 SUMMARY = 60.0
 """Seconds of activity between two summaries in the log."""
@@ -157,6 +165,18 @@ class Job:
         return self.length >= self.total
 
 
+@dataclass(frozen=True)
+class Made:
+    """What one step makes, begun but perhaps not done.
+
+    jobs: each with its token's place among `tokens`, which waits for them. logits: of all rows.
+    """
+
+    jobs: Sequence[tuple[Job, int]]
+    tokens: Callable[[], list[int]]
+    logits: torch.Tensor
+
+
 class Scheduler:
     """The thread that owns the model, its cache's slots, and what is kept between requests."""
 
@@ -169,10 +189,13 @@ class Scheduler:
         self._cache = KVCache.allocate(
             decoder, slots, decoder.max_positions + 1, device=model.device, dtype=model.dtype
         )
+        self._step = fast_decode(model, self._cache)
+        self.ahead = int(model.device.type == "cuda")  # steps begun before tokens are looked at
+        self._made: deque[Made] = deque()
         vocab = decoder.initial_vocab + decoder.additional_tokens
         self._slots = Slots(slots, vocab, model.device)
         self._free = list(range(slots))
-        self.pictures = TensorStore(int(cache_bytes * PICTURE_SHARE))
+        self.pictures: Store[torch.Tensor] = Store(int(cache_bytes * PICTURE_SHARE))
         self.prefixes = PrefixCache(cache_bytes - self.pictures.budget)
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: deque[Job] = deque()
@@ -226,6 +249,8 @@ class Scheduler:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        small = sum(parameter.nbytes for parameter in self.model.parameters()) <= SMALL
+        threads = torch.get_num_threads()
         try:
             while self._receive():
                 self._drop()
@@ -235,7 +260,9 @@ class Scheduler:
                     self._encode()
                 elif oldest is not None:
                     self._prefill()
+                torch.set_num_threads(1 if small else threads)
                 self._decode()
+                torch.set_num_threads(threads)
                 self._summarise()
         except BaseException as error:
             log.exception("the engine stops")
@@ -392,14 +419,14 @@ class Scheduler:
             self._cache.reorder(rows[:1].expand(len(rows)), job.length, into=rows)
             self._advance(job, self._slots.penalised(rows[:1], logits.log_softmax(-1)))
         else:
-            job.usage.time_to_first_token = now - job.started
             row = job.rows[0]
             self._slots.start(row)
             rows = torch.tensor([row], device=self.model.device)
             for mask in self._allowed([job]).values():
                 logits = _masked(logits, {0: mask})
             if job in self._running:
-                self._hand_out(job, int(self._slots.draw(rows, logits)))
+                tokens = self._slots.draw(rows, logits)
+                self._made.append(Made([(job, 0)], _fetch(tokens), logits))
 
     def _choose(self, job: Job, logits: torch.Tensor) -> None:
         """Score the choices against each other; all of them share the prompt's prefill."""
@@ -431,11 +458,19 @@ class Scheduler:
         self._end(job, "end")
 
     def _decode(self) -> None:
-        """One step of all jobs that decode."""
+        """Begin a step of all jobs that decode; hand out what earlier ones made."""
+        # A grammar and a search must see a token before the next step can begin.
+        deciding = [job for job in self._running if job.decoding and (job.constraint or job.search)]
+        ahead = 0 if deciding else self.ahead
+        if not ahead:
+            self._hand_out(0)
         masks = self._allowed([job for job in self._running if job.decoding])
         jobs = [job for job in self._running if job.decoding]
-        if not jobs:
-            return
+        if jobs:
+            self._begin_step(jobs, masks)
+        self._hand_out(ahead if jobs else 0)
+
+    def _begin_step(self, jobs: Sequence[Job], masks: Mapping[int, torch.Tensor]) -> None:
         last = max(row for job in jobs for row in job.rows)
         count = min(self.slots, 1 << last.bit_length())
         rows = slice(count)
@@ -444,7 +479,7 @@ class Scheduler:
 
         def work() -> tuple[torch.Tensor, torch.Tensor]:
             slots = self._slots
-            logits = self.model.decode(slots.token[rows], slots.position[rows], self._cache, length)
+            logits = self._step(slots.token[rows], slots.position[rows], self._cache, length)
             tokens = slots.draw(rows, _masked(logits, masks))
             slots.advance(rows)  # last, so that this can be tried again until then
             return logits, tokens
@@ -452,16 +487,27 @@ class Scheduler:
         made = self._try(jobs, work)
         if made is None:
             return
-        logits, tokens = made[0], made[1].tolist()
+        logits, tokens = made
+        self._made.append(Made([(job, job.rows[0]) for job in jobs], _fetch(tokens), logits))
         self._counts["steps"] += 1
         self._counts["step requests"] += len(jobs)
         for job in jobs:
             job.length += 1
             job.usage.batch_size = max(job.usage.batch_size, len(jobs))
-            if job.search is None:
-                self._try([job], partial(self._hand_out, job, tokens[job.rows[0]]))
-            else:
-                self._try([job], partial(self._continue_search, job, logits))
+
+    def _hand_out(self, left: int) -> None:
+        """Hand out what was made, but for the `left` newest steps, which may still be in work."""
+        while len(self._made) > left:
+            made = self._made.popleft()
+            tokens = self._try([job for job, _ in made.jobs], made.tokens)
+            for job, place in made.jobs:
+                if job not in self._jobs:  # it ended while this was made
+                    continue
+                if job.search is None:
+                    assert tokens is not None
+                    self._try([job], partial(self._hand_to, job, tokens[place]))
+                else:
+                    self._try([job], partial(self._continue_search, job, made.logits))
 
     def _continue_search(self, job: Job, logits: torch.Tensor) -> None:
         rows = torch.tensor(job.rows, device=self.model.device)
@@ -487,9 +533,11 @@ class Scheduler:
         self._slots.follow(rows, sources, torch.tensor(tokens, device=device))
         self._slots.position[rows] = job.length
 
-    def _hand_out(self, job: Job, token: int) -> None:
-        job.made.append(token)
+    def _hand_to(self, job: Job, token: int) -> None:
         usage = job.usage
+        if not job.made:
+            usage.time_to_first_token = time.monotonic() - job.started
+        job.made.append(token)
         usage.output_tokens += 1
         if job.constraint is not None:
             job.constraint.advance(token)
@@ -595,9 +643,19 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error)
 
 
-def _likelihood(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Summed log-probability of `ids` [n] under `logits` [n, vocab]."""
-    return logits.log_softmax(-1).gather(1, ids[:, None]).sum()
+def _fetch(tokens: torch.Tensor) -> Callable[[], list[int]]:
+    """Begin to copy int64 [n] to the host; what is returned waits for the copy."""
+    copy = tokens.to("cpu", non_blocking=True)  # from a GPU, to memory that is pinned
+    if tokens.device.type != "cuda":
+        return copy.tolist
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[int]:
+        done.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def _masked(logits: torch.Tensor, masks: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -21,7 +21,9 @@ class Slots:
         self._active = zeros(count)  # 1 in rows whose own token is drawn at each step
         self._step = zeros(count)
         self._seen = zeros(count, vocab, dtype=torch.bool)
-        self._uniform = zeros(count, int(LIMITS["max_new_tokens"][1]), dtype=torch.float32)
+        # One more than an answer's tokens: a step may begin before the last one is seen.
+        most = int(LIMITS["max_new_tokens"][1]) + 1
+        self._uniform = zeros(count, most, dtype=torch.float32)
         self._settings = RowSettings.of([SamplingParams()] * count, device)
         self._params: dict[int, SamplingParams] = {}
 

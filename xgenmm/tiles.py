@@ -30,6 +30,11 @@ class Tiles:
     rows: int
     picture_size: Size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the pixels take."""
+        return self.pixels.nbytes
+
 
 def tile_picture(picture: Image.Image, config: TilingConfig, tile: int) -> Tiles:
     """Cut an RGB `picture` into tiles of `tile` pixels a side."""
