@@ -101,13 +101,13 @@ def test_default_model_is_a_known_release() -> None:
 
 
 def pins() -> dict[str, str]:
-    """Package to exact version, of every line of both requirements files."""
+    """Package to exact version, of every line of the requirements files of .venv."""
     found = {}
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-data.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
-            if line.startswith("#") or line == "-r requirements.txt":
+            if line.startswith(("#", "-r requirements")):
                 continue
-            pin = re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
+            pin = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?==([\w.]+)", line)
             assert pin, f"{name}: {line!r} is no exact pin"
             found[pin[1]] = pin[2]
     return found

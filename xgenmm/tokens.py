@@ -64,8 +64,8 @@ class SpecialToken:
 class Tokens:
     """A checkpoint's tokenizer. Not changed once built, so threads may share it.
 
-    `specials` maps every special token, the `extra` ones included, to its id; `vocab_size` is the
-    highest id plus one.
+    `specials` maps every special token, the `extra` ones included, to its id, `pieces` every id to
+    its piece; `vocab_size` is the highest id plus one.
     """
 
     def __init__(
@@ -78,6 +78,9 @@ class Tokens:
         """`encode_text` gives the ids of text without specials, `vocabulary` an id's piece."""
         self.convention = convention
         self.specials: Mapping[str, int] = MappingProxyType({s.text: s.id for s in specials})
+        self.pieces: Mapping[int, str] = MappingProxyType(
+            {**vocabulary, **{s.id: s.text for s in specials}}
+        )
         self.vocab_size = max(*vocabulary, *self.specials.values()) + 1
         self._encode_text = encode_text
         self._special_tokens = {s.text: s for s in specials}

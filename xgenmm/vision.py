@@ -1,13 +1,10 @@
 """Vision towers: normalised tiles -> patch features.
 
-SigLIP comes from `transformers`, ViT-H from `open_clip`; both are built here without weights,
-under the parameter names of the released checkpoints (`vlm.vision_encoder.*`).
+SigLIP comes from `transformers`, ViT-H from `open_clip` (`vision_open_clip.py`); both are built
+without weights, under the parameter names of the released checkpoints (`vlm.vision_encoder.*`).
 """
 
-from functools import partial
-
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -39,28 +36,11 @@ class SiglipTower(SiglipVisionModel):
         return self.post_layernorm(hidden)
 
 
-class OpenClipTower(VisionTransformer):
-    """open_clip's ViT with QuickGELU; the features are its patch tokens, class token dropped."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.hidden_size,
-            layers=config.num_layers,
-            heads=config.num_heads,
-            mlp_ratio=config.intermediate_size / config.hidden_size,
-            output_dim=config.output_dim,
-            act_layer=QuickGELU,
-            norm_layer=partial(nn.LayerNorm, eps=1e-5),
-        )
-
-    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        """[tiles, 3, side, side] -> [tiles, patches, hidden_size]."""
-        hidden = self.transformer(self._embeds(tiles))
-        return self.ln_post(hidden)[:, 1:]
-
-
-def build_tower(config: VisionConfig) -> SiglipTower | OpenClipTower:
+def build_tower(config: VisionConfig) -> nn.Module:
     """The tower that `config` names, on the current default device."""
-    return SiglipTower(config) if config.tower == "siglip" else OpenClipTower(config)
+    if config.tower == "siglip":
+        return SiglipTower(config)
+    # Imported only for v1: vLLM's environment has no open_clip.
+    from xgenmm.vision_open_clip import OpenClipTower
+
+    return OpenClipTower(config)

@@ -1,0 +1,85 @@
+"""The stage as a Ray Data pipeline on a local cluster, whose processes are killed while it runs."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scripts.local_server import ROOT
+from tests import tiny
+from tests.test_caption import NEW_TOKENS, caption, draw, key_sorted, rows_of
+from xgenmm import InputError, SamplingParams, stages
+from xgenmm.datasets import open_shards, read_records
+from xgenmm.stages import Task, with_ray
+
+QUESTION = "What is it?"
+
+
+def cluster_processes(kind: str) -> list[psutil.Process]:
+    """The cluster's processes at work on one part of the pipeline, by the title Ray gives them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        if title.startswith("ray::") and kind in title:
+            found.append(process)
+    return found
+
+
+@pytest.mark.timeout(1500)
+def test_actors_and_workers_and_the_program_may_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "tiny")
+    pictures = draw(tmp_path / "pictures", 60)
+    (pictures / "003.png").write_text("no picture")
+    alone, output = tmp_path / "alone.jsonl", tmp_path / "out.jsonl"
+    options = ("--question", QUESTION, "--shard-rows", "4")
+    assert caption(pictures, alone, checkpoint, *options) == 0
+
+    monkeypatch.setattr(stages, "BLOCK", 4)
+    command = [sys.executable, "-m", "xgenmm.caption", str(pictures), "-o", str(output)]
+    command += ["--model", str(checkpoint), "--max-new-tokens", str(NEW_TOKENS), *options]
+    program = subprocess.Popen([*command, "--ray", "local", "--actors", "1"], cwd=ROOT)
+    while program.poll() is None and not list(output.glob("part-*")):
+        try:
+            program.wait(0.01)
+        except subprocess.TimeoutExpired:
+            continue
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    first = key_sorted(rows_of(output))
+    assert first
+
+    settings = json.loads((output / "_settings.json").read_text())
+    task = Task(str(checkpoint), sampling=SamplingParams(max_new_tokens=NEW_TOKENS))
+    killed = 0
+    with open_shards(output, "jsonl", 4, settings) as shards:
+        missing = shards.missing(read_records(str(pictures), [QUESTION], "image"))
+        for rows in with_ray(task, missing, "local", actors=2):
+            shards.add(rows)
+            if not killed:
+                for victim in [
+                    *cluster_processes("_EngineActor")[:1],
+                    *cluster_processes("_read_block")[:1],
+                ]:
+                    victim.kill()
+                    killed += 1
+    assert killed == 2
+    assert key_sorted(rows_of(output)) == key_sorted(rows_of(alone))
+
+
+def test_a_cluster_must_be_there_and_large_enough() -> None:
+    task = Task("demo", device="cpu")
+    assert stages._actors({"CPU": 3.0}, task, None) == (2, False)
+    assert stages._actors({"CPU": 8.0, "GPU": 4.0}, Task("demo"), None) == (4, True)
+    with pytest.raises(InputError, match=r"^actors: 3 do not fit: the cluster has 2 CPU cores"):
+        stages._actors({"CPU": 3.0}, task, 3)
+    with pytest.raises(InputError, match=r"^ray: no cluster at '127\.0\.0\.1:9'"):
+        next(with_ray(task, [], "127.0.0.1:9"))

@@ -1,0 +1,149 @@
+"""Greedy ids of the golden models, as vLLM computes them, and what breaks them."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+from vllm import LLM, SamplingParams
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+
+from tests import golden_data
+from tests.vllm_plugin import golden_checkpoint
+from tests.vllm_plugin.engines import running
+from xgenmm.config import DecoderConfig
+from xgenmm.images import read_picture
+from xgenmm.vllm import configuration, model
+
+pytestmark = pytest.mark.timeout(900)
+
+FULL = Path(os.environ.get("XGENMM_GOLDEN", "../shared/reference/golden"))
+"""All that the original computed, where there is such a folder; tests/golden has a subset."""
+
+ANYRES = FULL / "v15_anyres" if FULL.is_dir() else golden_data.folder("v15_anyres")
+BASE = [FULL / "v15_base"] if FULL.is_dir() else []  # the subset has no weights of it
+
+
+def engine(golden: Path, folder: Path, **options: Any) -> Any:
+    """An engine for a golden model, written to `folder`."""
+    checkpoint = golden_checkpoint.write(golden, folder)
+    text = {"head_dim": golden_checkpoint.head_dim(golden)}
+    return running(
+        checkpoint, skip_tokenizer_init=True, hf_overrides={"text_config": text}, **options
+    )
+
+
+def cases(golden: Path) -> list[dict[str, Any]]:
+    described: list[dict[str, Any]] = json.loads((golden / "cases.json").read_text())["cases"]
+    return described
+
+
+def generate(llm: LLM, golden: Path, chosen: Iterable[dict[str, Any]]) -> dict[str, list[int]]:
+    """Greedy ids of each case, all in one batch."""
+    chosen = list(chosen)
+    prompts = [
+        {
+            "prompt_token_ids": case["input_ids"],
+            "multi_modal_data": {"image": [read_picture(golden / file) for file in case["images"]]},
+        }
+        for case in chosen
+    ]
+    for prompt in prompts:
+        if not prompt["multi_modal_data"]["image"]:
+            del prompt["multi_modal_data"]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=len(case["greedy_ids"]), ignore_eos=True, detokenize=False
+        )
+        for case in chosen
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return {
+        case["name"]: list(output.outputs[0].token_ids)
+        for case, output in zip(chosen, outputs, strict=True)
+    }
+
+
+def expected(golden: Path) -> dict[str, list[int]]:
+    return {case["name"]: case["greedy_ids"] for case in cases(golden)}
+
+
+@pytest.mark.parametrize("golden", [ANYRES, *BASE], ids=lambda golden: golden.name)
+def test_batched_ids_equal_the_original(golden: Path, tmp_path: Path) -> None:
+    with engine(golden, tmp_path) as llm:
+        assert generate(llm, golden, cases(golden)) == expected(golden)
+        alone: dict[str, list[int]] = {}
+        for case in cases(golden):
+            alone |= generate(llm, golden, [case])
+        assert alone == expected(golden)
+
+
+def test_ids_equal_the_original_on_two_devices(tmp_path: Path) -> None:
+    with engine(ANYRES, tmp_path, tensor_parallel_size=2) as llm:
+        assert generate(llm, ANYRES, cases(ANYRES)) == expected(ANYRES)
+
+
+def ignore_mask(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        model,
+        "padding_mask",
+        lambda tiles, side: torch.ones(len(tiles.pixels), side * side, dtype=torch.bool),
+    )
+
+
+def keep_tiles(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(model, "regroup", lambda features, columns, rows: features)
+
+
+def drop_bias(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(model.Phi3WithBias, "compute_logits", Phi3ForCausalLM.compute_logits)
+
+
+def leave_rows(patch: pytest.MonkeyPatch) -> None:
+    """The vocabulary's own rows, as many as there are ids, instead of the additional ones."""
+
+    def unjoined(
+        weights: Iterable[tuple[str, torch.Tensor]], initial_vocab: int
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, rows in weights:
+            if "additional" not in name:
+                vocabulary = "lm_head" in name or "embed_tokens" in name
+                yield name, rows[: initial_vocab + 3] if vocabulary else rows
+
+    patch.setattr(model, "_joined", unjoined)
+
+
+def shorten_window(patch: pytest.MonkeyPatch) -> None:
+    phi3 = configuration._phi3
+
+    def shorter(config: DecoderConfig) -> PretrainedConfig:
+        return phi3(replace(config, sliding_window=config.sliding_window - 1))
+
+    patch.setattr(configuration, "_phi3", shorter)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "broken"),
+    [
+        (ignore_mask, "panorama"),
+        (keep_tiles, "landscape"),
+        (drop_bias, "text_only"),
+        (leave_rows, "text_only"),
+        (shorten_window, "long_text"),
+    ],
+)
+def test_what_the_weights_need_is_needed(
+    mutation: Callable[[pytest.MonkeyPatch], None],
+    broken: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    mutation(monkeypatch)
+    with engine(ANYRES, tmp_path) as llm:
+        found = generate(llm, ANYRES, cases(ANYRES))
+    assert found[broken] != expected(ANYRES)[broken], found

@@ -1,0 +1,99 @@
+"""vLLM's OpenAI server with the demo, as a client meets it."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import xgenmm
+from scripts.local_server import ROOT, data_url, free_port
+
+pytestmark = pytest.mark.timeout(900)
+
+DEMO = ROOT / "weights" / "demo"
+EXAMPLES = DEMO / "examples"
+START_SECONDS = 600.0
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    port = free_port()
+    options = ["--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, *options, "--port", str(port)],
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_healthy(f"http://127.0.0.1:{port}/health", process, log)
+            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=10).is_success:
+                return
+        assert process.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline, log.read_text(errors="replace")
+        time.sleep(0.5)
+
+
+def messages(question: str, pictures: list[str]) -> list[Any]:
+    parts = [{"type": "image_url", "image_url": {"url": data_url(EXAMPLES / p)}} for p in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def questions() -> list[dict[str, Any]]:
+    asked: list[dict[str, Any]] = json.loads((EXAMPLES / "questions.json").read_text())
+    return asked
+
+
+def test_demo_questions_get_the_packages_answers(client: openai.OpenAI) -> None:
+    package = xgenmm.load("demo", device="cpu", dtype="float32")
+    for example in questions():
+        pictures = [xgenmm.read_picture(EXAMPLES / name) for name in example["pictures"]]
+        expected = "".join(package.stream(xgenmm.Request(example["question"], pictures)))
+        answer = client.chat.completions.create(
+            model="demo", messages=messages(example["question"], example["pictures"])
+        )
+        assert answer.choices[0].message.content == expected
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_an_answer_streams(client: openai.OpenAI) -> None:
+    asked = messages("What is to the left of the orange star?", ["scene-8.png"])
+    whole = client.chat.completions.create(model="demo", messages=asked)
+    chunks = client.chat.completions.create(model="demo", messages=asked, stream=True)
+    streamed = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(streamed) == whole.choices[0].message.content
+
+
+def test_a_mistake_is_the_clients(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="images: 1 given, but 2 <image>"):
+        client.chat.completions.create(
+            model="demo", messages=messages("<image> or <image>?", ["scene-8.png"])
+        )
