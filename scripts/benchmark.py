@@ -49,11 +49,10 @@ import xgenmm
 from scripts import benchmark_gpu
 from scripts import demo_world as world
 from scripts.figures import HEAD, Row
-from scripts.local_server import ROOT, LocalServer, serving
+from scripts.local_server import ROOT, LocalServer, predict, serving
 from scripts.train_demo import EVALUATION_SEED
 from xgenmm.caches import PromptKeys
 from xgenmm.config import DecoderConfig, SamplerConfig, VisionConfig, XGenMMConfig
-from xgenmm.decoder import KVCache
 from xgenmm.engine import Answer, Engine, Request
 from xgenmm.errors import EngineError, InputError
 from xgenmm.generate import generate
@@ -157,7 +156,7 @@ def _rate(server: LocalServer, clients: int, conversations: Sequence[Sequence[by
     with httpx.Client(base_url=server.url, timeout=None) as client:
 
         def talk(bodies: Sequence[bytes]) -> int:
-            return sum(_post(client, body)["metrics"]["output_tokens"] for body in bodies)
+            return sum(predict(client, body)["metrics"]["output_tokens"] for body in bodies)
 
         with ThreadPoolExecutor(clients) as pool:
             started = time.monotonic()
@@ -174,25 +173,12 @@ def _body(request: Request) -> bytes:
     return json.dumps({"input": {"image": image, "question": request.question}}).encode()
 
 
-def _post(client: httpx.Client, body: bytes) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    response = client.post("/predictions", content=body, headers=headers)
-    while response.status_code == httpx.codes.CONFLICT:
-        # Cog sends an answer a moment before its place is free again.
-        time.sleep(0.001)
-        response = client.post("/predictions", content=body, headers=headers)
-    prediction: dict[str, Any] = response.json()
-    if prediction.get("status") != "succeeded":
-        raise RuntimeError(f"the server answered {response.status_code}: {prediction}")
-    return prediction
-
-
 def _latencies(requests: Sequence[Request]) -> tuple[list[float], list[float]]:
     """Seconds of each request through an engine that keeps nothing, and without it."""
     engine = xgenmm.load("demo", device="cpu", cache_bytes=0)
     ways: list[Callable[[Request], str]] = [
         lambda request: engine.stream(request).text(),
-        partial(_direct, engine),
+        partial(direct, engine),
     ]
     seconds: tuple[list[float], list[float]] = ([], [])
     for way in ways:  # the first pass of a process is slower
@@ -207,18 +193,25 @@ def _latencies(requests: Sequence[Request]) -> tuple[list[float], list[float]]:
     return seconds
 
 
-def _direct(engine: Engine, request: Request) -> str:
-    """The greedy answer by the model alone: one prefill, then one decode step a token."""
-    model, decoded, text = engine.model, engine.tokens.stream(), ""
-    prompt = engine.prompt(request)
-    tiles = [engine.tiles(picture) for picture in request.pictures]
-    embeds = model.fuse(prompt, model.encode(tiles, prompt))
-    limit = request.sampling.max_new_tokens
-    for token in generate(model, embeds, request.sampling, limit, engine.end_ids):
+def direct(engine: Engine, request: Request) -> str:
+    """The answer by the model alone: one prefill, then one decode step a token."""
+    embeds, params = _fused(engine, request), request.sampling
+    limit = min(params.max_new_tokens, engine.config.decoder.max_positions - len(embeds))
+    decoded, text = engine.tokens.stream(), ""
+    for token in generate(engine.model, embeds, params, limit, engine.end_ids):
         if token in engine.end_ids:
             break
-        text += decoded.push(token)
+        if token not in engine.tokens.specials.values():
+            text += decoded.push(token)
     return text + decoded.flush()
+
+
+@torch.inference_mode()
+def _fused(engine: Engine, request: Request) -> torch.Tensor:
+    """A request's prompt with its pictures, [positions, width]."""
+    prompt = engine.prompt(request)
+    tiles = [engine.tiles(picture) for picture in request.pictures]
+    return engine.model.fuse(prompt, engine.model.encode(tiles, prompt))
 
 
 @contextlib.contextmanager
@@ -761,17 +754,10 @@ def _right(engine: Engine, group: Sequence[world.Case]) -> list[bool]:
     ]
 
 
-@torch.inference_mode()
 def _first_logits(engine: Engine, case: world.Case) -> torch.Tensor:
     """Logits [1, vocab] of the first token of an answer."""
-    model, request = engine.model, Request(case.question, case.pictures)
-    prompt = engine.prompt(request)
-    tiles = [engine.tiles(picture) for picture in request.pictures]
-    embeds = model.fuse(prompt, model.encode(tiles, prompt))
-    cache = KVCache.allocate(
-        model.config.decoder, 1, embeds.shape[0], device=model.device, dtype=model.dtype
-    )
-    return model.prefill([embeds], cache)
+    embeds = _fused(engine, Request(case.question, case.pictures))
+    return engine.model.prefill([embeds], engine.model.cache(1, embeds.shape[0]))
 
 
 def _groups(scenes: int) -> list[list[world.Case]]:

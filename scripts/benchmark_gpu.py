@@ -36,13 +36,14 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from scripts.figures import Row
-from scripts.local_server import ROOT, serving
+from scripts.local_server import ROOT, predict, serving
 from xgenmm.checkpoint import load_parameters, read_config
 from xgenmm.config import DecoderConfig, SamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.decoder import KVCache, Phi3Decoder
 from xgenmm.fast import Decode, fast_decode, lay_out_by_column
 from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
+from xgenmm.parity import all_logits
 from xgenmm.prompts import Prompt
 from xgenmm.quantize import KINDS, check_kind, drift
 from xgenmm.tiles import tile_picture
@@ -150,6 +151,7 @@ def their_decoder(decoder: Phi3Decoder, dtype: torch.dtype) -> Phi3ForCausalLM:
                 max_position_embeddings=config.max_positions,
                 original_max_position_embeddings=config.max_positions,
                 sliding_window=config.window_keys,
+                rms_norm_eps=config.rms_norm_eps,
                 pad_token_id=0,
                 bos_token_id=None,
                 eos_token_id=None,
@@ -236,13 +238,6 @@ def cache_bytes(cache: KVCache, rows: int, context: int) -> int:
     return 2 * layers * rows * heads * context * head_dim * cache.keys.element_size()
 
 
-def allocate(model: XGenMM, rows: int, positions: int) -> KVCache:
-    """A cache for `model`."""
-    return KVCache.allocate(
-        model.config.decoder, rows, positions, device=model.device, dtype=model.dtype
-    )
-
-
 def decode_seconds(
     device: Device, model: XGenMM, cache: KVCache, step: Decode, rows: int, size: Size
 ) -> float:
@@ -262,7 +257,7 @@ def decode_seconds(
 
 def decoding(device: Device, model: XGenMM, size: Size, copy: float) -> list[Row]:
     """Decode rates of each batch size against what the bandwidth allows."""
-    cache = allocate(model, max(size.rows), size.context + size.tokens)
+    cache = model.cache(max(size.rows), size.context + size.tokens)
     step = fast_decode(model, cache)
     found = []
     for rows in size.rows:
@@ -307,7 +302,7 @@ def first_tokens(device: Device, model: XGenMM, size: Size) -> tuple[float, list
     """Seconds of a one-word answer, and the rows: bytes of pictures -> first token."""
     config = model.config
     tiles = config.sampler.num_latents
-    cache = allocate(model, 1, 4 * 5 * tiles + 2 * size.text + 8)
+    cache = model.cache(1, 4 * 5 * tiles + 2 * size.text + 8)
     step = fast_decode(model, cache)
     large = [jpeg(size.picture, seed) for seed in range(4)]
 
@@ -382,7 +377,7 @@ def loading(
         device.wait()
         loaded = time.perf_counter()
         model.eval().requires_grad_(False)
-        cache = allocate(model, 1, size.config.decoder.max_positions)
+        cache = model.cache(1, size.config.decoder.max_positions)
         step = fast_decode(model, cache)
         device.wait()
         ready = time.perf_counter()
@@ -404,7 +399,7 @@ def quantising(device: Device, folder: Path, size: Size) -> tuple[XGenMM, list[R
     torch.manual_seed(1)
     embeds = torch.randn(64, size.config.decoder.hidden_size, device=device.device) * 0.02
     embeds = embeds.to(device.dtype)
-    exact = prompt_logits(model, embeds)
+    exact = all_logits(model, embeds)
     if device.cuda:
         model.to("cpu")  # what another kind needs is measured alone
     for kind in KINDS:
@@ -414,7 +409,7 @@ def quantising(device: Device, folder: Path, size: Size) -> tuple[XGenMM, list[R
             log.warning("%s", error)
             continue
         other, seconds, rows = loading(device, folder, size, kind)
-        moved = drift(exact, prompt_logits(other, embeds))
+        moved = drift(exact, all_logits(other, embeds))
         del other
         found += [
             *rows,
@@ -424,15 +419,6 @@ def quantising(device: Device, folder: Path, size: Size) -> tuple[XGenMM, list[R
             Row("quantised", f"{kind}: same most likely token", 100 * moved.agreement, "%"),
         ]
     return model.to(device.device), found
-
-
-@torch.inference_mode()
-def prompt_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
-    """Logits at each position of one prompt [length, width]."""
-    length = embeds.shape[0]
-    positions = torch.arange(length, device=embeds.device)[None]
-    hidden = model.decoder(embeds[None], positions, allocate(model, 1, length), length, start=0)
-    return model.logits(hidden[0])
 
 
 def correctness(device: Device, model: XGenMM, size: Size) -> list[Row]:
@@ -445,7 +431,7 @@ def correctness(device: Device, model: XGenMM, size: Size) -> list[Row]:
     logits = []
     for dtype in (torch.float32, device.dtype):
         model.to(dtype)
-        cache = allocate(model, 1, length + 1)
+        cache = model.cache(1, length + 1)
         model.prefill([embeds.to(dtype)], cache)
         step = fast_decode(model, cache) if dtype == device.dtype else model.decode
         logits.append(step(token, positions, cache, length + 1).clone())
@@ -571,12 +557,7 @@ def served(device: Device, folder: Path, size: Size) -> list[Row]:
             def ask(number: int) -> None:
                 given = {"image": pictures[number % len(pictures)], "max_new_tokens": size.tokens}
                 body = {"input": {**given, "question": f"What is number {number}?"}}
-                while (
-                    answer := client.post("/predictions", json=body)
-                ).status_code == httpx.codes.CONFLICT:
-                    # Cog sends an answer a moment before its place is free again.
-                    time.sleep(0.001)
-                answer.raise_for_status()
+                predict(client, json.dumps(body).encode())
 
             ask(0)
             for clients in CLIENTS:
@@ -629,7 +610,7 @@ def our_times(model: XGenMM, embeds: torch.Tensor, tokens: int) -> tuple[float, 
     """Seconds to the first token, the cache's making included, and from each to the next."""
     length = embeds.shape[0]
     started = time.perf_counter()
-    cache = allocate(model, 1, length + tokens)
+    cache = model.cache(1, length + tokens)
     step = fast_decode(model, cache)
     token = model.prefill([embeds], cache).argmax(-1)
     int(token)

@@ -122,6 +122,23 @@ def events(response: httpx.Response) -> Iterator[Event]:
             yield Event(name, json.loads(value))
 
 
+def predict(client: httpx.Client, body: bytes) -> dict[str, Any]:
+    """A prediction that is waited for, from the bytes of its JSON.
+
+    Raises RuntimeError for one that does not succeed.
+    """
+    headers = {"Content-Type": "application/json"}
+    response = client.post("/predictions", content=body, headers=headers)
+    while response.status_code == httpx.codes.CONFLICT:
+        # Cog sends an answer a moment before its place is free again.
+        time.sleep(0.001)
+        response = client.post("/predictions", content=body, headers=headers)
+    prediction: dict[str, Any] = response.json()
+    if prediction.get("status") != "succeeded":
+        raise RuntimeError(f"the server answered {response.status_code}: {prediction}")
+    return prediction
+
+
 def data_url(file: Path) -> str:
     """Return a file's bytes as a data URL."""
     kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"

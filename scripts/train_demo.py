@@ -592,13 +592,14 @@ def regrouped(flat: torch.Tensor, tiles: Sequence[Tiles]) -> list[torch.Tensor]:
     return [regroup(f, t.columns, t.rows) for f, t in zip(parts, tiles, strict=True)]
 
 
+_TOGETHER = {"tower": 0.2, "sampler": 0.3, "answer": 1.0}
 LOSS_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "see": {"tower": 1.0},
     "gather": {"tower": 0.5, "sampler": 1.0},
     "answer": {"sampler": 0.2, "answer": 1.0},
-    "polish": {"tower": 0.2, "sampler": 0.3, "answer": 1.0},
-    "finish": {"tower": 0.2, "sampler": 0.3, "answer": 1.0},
-    "compare": {"tower": 0.2, "sampler": 0.3, "answer": 1.0},
+    "polish": _TOGETHER,
+    "finish": _TOGETHER,
+    "compare": _TOGETHER,
 }
 
 

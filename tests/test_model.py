@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM
 
+from scripts.benchmark_gpu import their_decoder
 from tests import golden_data
 from xgenmm.config import INTERLEAVE, RELEASES, DecoderConfig
 from xgenmm.decoder import KVCache, Phi3Decoder, visible_keys
@@ -27,33 +27,6 @@ TINY = DecoderConfig(
     sliding_window=40,
     initial_vocab=90,
 )
-
-
-def oracle(decoder: Phi3Decoder) -> Phi3ForCausalLM:
-    """transformers' Phi-3 with the same weights; its window of the same number is one longer."""
-    config = decoder.config
-    theirs = Phi3ForCausalLM(
-        Phi3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_heads,
-            max_position_embeddings=config.max_positions,
-            original_max_position_embeddings=config.max_positions,
-            sliding_window=config.window_keys,
-            rms_norm_eps=config.rms_norm_eps,
-            pad_token_id=0,
-        )
-    ).eval()
-    state = {
-        name: tensor
-        for name, tensor in decoder.state_dict().items()
-        if "additional" not in name and name != "lm_head.bias"
-    }
-    theirs.load_state_dict(state)
-    return theirs
 
 
 def random_decoder(config: DecoderConfig = TINY) -> Phi3Decoder:
@@ -84,7 +57,9 @@ def test_decoder_equals_transformers_also_past_the_window(length: int) -> None:
     decoder = random_decoder()
     ids = torch.randint(0, TINY.initial_vocab, (length,))
     with torch.no_grad():
-        expected = oracle(decoder)(input_ids=ids[None]).logits[0, :, : TINY.initial_vocab]
+        expected = their_decoder(decoder, torch.float32)(input_ids=ids[None]).logits[
+            0, :, : TINY.initial_vocab
+        ]
     found = decoder.lm_head(run(decoder, decoder.embed(ids), [length]))
     torch.testing.assert_close(found[:, : TINY.initial_vocab], expected, rtol=0, atol=1e-5)
 
@@ -127,7 +102,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden: XGenMM) -> None:
         params = SamplingParams(max_new_tokens=12)
         expected.append(list(generate(golden, prompt, params, 12, ())))
 
-    cache = KVCache.allocate(golden.config.decoder, 4, 72, device=golden.device, dtype=golden.dtype)
+    cache = golden.cache(4, 72)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = golden.prefill(prompts, cache).argmax(-1)
     found = [tokens]
@@ -140,7 +115,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden: XGenMM) -> None:
 def test_what_a_row_left_in_the_cache_is_not_seen_by_the_next(golden: XGenMM) -> None:
     torch.manual_seed(7)
     prompt = torch.randn(9, 64)
-    cache = KVCache.allocate(golden.config.decoder, 1, 50, device=golden.device, dtype=golden.dtype)
+    cache = golden.cache(1, 50)
     clean = golden.prefill([prompt], cache)
     golden.prefill([torch.randn(50, 64)], cache)
     torch.testing.assert_close(golden.prefill([prompt], cache), clean, rtol=0, atol=0)

@@ -29,7 +29,7 @@ from xgenmm.errors import InputError
 from xgenmm.fast import MAX_ROWS, lay_out_by_column
 from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
-from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, chat_prompt, few_shot_prompt
+from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, request_prompt
 from xgenmm.quantize import check_kind
 from xgenmm.sampling import SamplingParams, StopText
 from xgenmm.scheduler import Job, Scheduler, StopReason, Usage
@@ -262,20 +262,11 @@ class Engine:
             if not request.pictures:
                 raise InputError("question", "is empty and there is no image; give one of the two")
             question = self.config.text.caption_question
-        count = len(request.pictures)
-        if self.config.text.prompt == "few_shot":
-            latents = self.config.sampler.num_latents
-            return few_shot_prompt(
-                self.tokens,
-                question,
-                pictures=count,
-                num_latents=latents,
-                messages=request.messages,
-            )
-        return chat_prompt(
+        return request_prompt(
             self.tokens,
+            self.config,
             question,
-            pictures=count,
+            pictures=len(request.pictures),
             system_prompt=request.system_prompt,
             messages=request.messages,
         )
@@ -402,11 +393,10 @@ def _fitting_slots(model: XGenMM, wanted: int) -> int:
     decoder = model.config.decoder
     position = 2 * decoder.num_layers * decoder.hidden_size * model.dtype.itemsize
     slot = position * (decoder.max_positions + 1)
-    fit = max(1, _free_memory(model.device) // 2 // slot)
-    fit = min(fit, MAX_ROWS)
+    fit = min(MAX_ROWS, max(1, _free_memory(model.device) // 2 // slot))
     if fit < wanted:
         logger.warning(
-            "%d slots of %.1f GB fit half of the free memory, not %d: more requests wait",
+            "%d slots of %.1f GB fit a step and half of the free memory, not %d: others wait",
             fit, slot / 1e9, wanted,
         )  # fmt: skip
     return min(wanted, fit)

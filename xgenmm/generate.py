@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from xgenmm.decoder import KVCache
 from xgenmm.model import XGenMM
 from xgenmm.sampling import (
     BeamSearch,
@@ -50,7 +49,7 @@ def _stream(
     cancelled: Callable[[], bool],
 ) -> Iterator[int]:
     length = embeds.shape[0]
-    cache = _cache(model, 1, length + limit)
+    cache = model.cache(1, length + limit)
     settings = RowSettings.of([params], model.device)
     uniform = draws(params).to(model.device)
     logits = model.prefill([embeds], cache)
@@ -78,9 +77,9 @@ def _search(
     length, device = embeds.shape[0], model.device
     search = BeamSearch(params.num_beams, end_ids, limit)
     settings = RowSettings.of([params], device)
-    prompt = _cache(model, 1, length)
+    prompt = model.cache(1, length)
     logits = model.prefill([embeds], prompt)
-    cache = _cache(model, params.num_beams, length + limit)
+    cache = model.cache(params.num_beams, length + limit)
     cache.keys[:, :, :, :length] = prompt.keys
     cache.values[:, :, :, :length] = prompt.values
     seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -96,9 +95,3 @@ def _search(
         logits = model.decode(tokens, torch.full_like(tokens, length), cache, length + 1)
         length += 1
     yield from search.best()
-
-
-def _cache(model: XGenMM, rows: int, positions: int) -> KVCache:
-    return KVCache.allocate(
-        model.config.decoder, rows, positions, device=model.device, dtype=model.dtype
-    )

@@ -52,6 +52,12 @@ class XGenMM(nn.Module):
         """The weights' dtype, which is that of all activations."""
         return self.vlm.lang_model.lm_head.weight.dtype
 
+    def cache(self, rows: int, positions: int) -> KVCache:
+        """An empty cache beside the weights, for `rows` sequences of at most `positions` tokens."""
+        return KVCache.allocate(
+            self.config.decoder, rows, positions, device=self.device, dtype=self.dtype
+        )
+
     def prefill(self, prompts: Sequence[torch.Tensor], cache: KVCache) -> torch.Tensor:
         """Fused prompts [length, width], one for each row of the cache -> next-token logits.
 

@@ -26,7 +26,6 @@ from xgenmm.config import (
     VisionConfig,
     XGenMMConfig,
 )
-from xgenmm.decoder import KVCache
 from xgenmm.generate import generate
 from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
@@ -230,7 +229,7 @@ def _check_case(
         compare("features", "features", torch.cat(features))
         compare("vision_tokens", "vision_tokens", torch.stack(vision_tokens))
     compare("inputs_embeds", "inputs_embeds", embeds)
-    compare("logits", "logits", _all_logits(model, embeds))
+    compare("logits", "logits", all_logits(model, embeds))
 
     # Greedy decoding never stops at an end id here: the stored ids say how long to go on.
     end_ids = frozenset({golden["text"]["eos_token_id"]})
@@ -249,13 +248,12 @@ def _check_case(
     return case
 
 
-def _all_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
+@torch.inference_mode()
+def all_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
+    """Logits at each position of one prompt: [length, width] -> float32 [length, vocab]."""
     length = embeds.shape[0]
-    cache = KVCache.allocate(
-        model.config.decoder, 1, length, device=embeds.device, dtype=embeds.dtype
-    )
     positions = torch.arange(length, device=embeds.device)[None]
-    return model.logits(model.decoder(embeds[None], positions, cache, length))[0]
+    return model.logits(model.decoder(embeds[None], positions, model.cache(1, length), length))[0]
 
 
 def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> Iterator[Case]:

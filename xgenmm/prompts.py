@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from xgenmm.config import XGenMMConfig
 from xgenmm.errors import InputError
 from xgenmm.tokens import Control, Piece, Tokens
 
@@ -71,6 +72,29 @@ def parse_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
         messages.append(Message(item["role"], item["content"]))
     _check_turns(messages)
     return tuple(messages)
+
+
+def request_prompt(
+    tokens: Tokens,
+    config: XGenMMConfig,
+    question: str,
+    *,
+    pictures: int,
+    system_prompt: str | None = None,
+    messages: Sequence[Message] = (),
+) -> Prompt:
+    """The prompt in the style of the checkpoint: `chat_prompt` or `few_shot_prompt`.
+
+    Few-shot prompts have no system prompt. Raises InputError as those do.
+    """
+    if config.text.prompt == "few_shot":
+        latents = config.sampler.num_latents
+        return few_shot_prompt(
+            tokens, question, pictures=pictures, num_latents=latents, messages=messages
+        )
+    return chat_prompt(
+        tokens, question, pictures=pictures, system_prompt=system_prompt, messages=messages
+    )
 
 
 def chat_prompt(

@@ -29,7 +29,6 @@ import torch
 
 from xgenmm.caches import BLOCK, PrefixCache, PromptKeys, Store
 from xgenmm.constraints import Constraint
-from xgenmm.decoder import KVCache
 from xgenmm.errors import EngineError, InputError
 from xgenmm.fast import fast_decode
 from xgenmm.model import XGenMM
@@ -186,9 +185,7 @@ class Scheduler:
         self._end_ids = frozenset(end_ids)
         decoder = model.config.decoder
         # One index more than the context: where padding goes that would pass the end.
-        self._cache = KVCache.allocate(
-            decoder, slots, decoder.max_positions + 1, device=model.device, dtype=model.dtype
-        )
+        self._cache = model.cache(slots, decoder.max_positions + 1)
         self._step = fast_decode(model, self._cache)
         self.ahead = int(model.device.type == "cuda")  # steps begun before tokens are looked at
         self._made: deque[Made] = deque()
@@ -251,6 +248,7 @@ class Scheduler:
     def _run(self) -> None:
         small = sum(parameter.nbytes for parameter in self.model.parameters()) <= SMALL
         threads = torch.get_num_threads()
+        step_threads = 1 if small else threads
         try:
             while self._receive():
                 self._drop()
@@ -260,7 +258,7 @@ class Scheduler:
                     self._encode()
                 elif oldest is not None:
                     self._prefill()
-                torch.set_num_threads(1 if small else threads)
+                torch.set_num_threads(step_threads)
                 self._decode()
                 torch.set_num_threads(threads)
                 self._summarise()

@@ -11,20 +11,23 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from xgenmm.config import VisionConfig
 
 
+def siglip_config(config: VisionConfig) -> SiglipVisionConfig:
+    """The sizes in `transformers`' terms."""
+    return SiglipVisionConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+    )
+
+
 class SiglipTower(SiglipVisionModel):
     """SigLIP; the features are its last hidden state. Its pooling head is loaded and unused."""
 
     def __init__(self, config: VisionConfig) -> None:
-        super().__init__(
-            SiglipVisionConfig(
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-            )
-        )
+        super().__init__(siglip_config(config))
         # Not a parameter of the checkpoint, so on the meta device nothing would ever fill it.
         self.embeddings.register_buffer("position_ids", None)
 

@@ -5,11 +5,12 @@ The released file states few sizes; `xgenmm.config` fills the rest. Knows nothin
 
 from typing import Any
 
-from transformers import Phi3Config, PretrainedConfig, SiglipVisionConfig
+from transformers import Phi3Config, PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from xgenmm.config import DecoderConfig, VisionConfig, from_json
+from xgenmm.config import DecoderConfig, from_json
+from xgenmm.vision import siglip_config
 from xgenmm.vllm import ARCHITECTURE, MODE
 
 
@@ -32,7 +33,7 @@ class XGenMMConfig(PretrainedConfig):
                 "it does not have; use a v1.5 checkpoint, or xgenmm.load for this one"
             )
         stated["text_config"] = _phi3(config.decoder)
-        stated["vision_config"] = _siglip(config.vision)
+        stated["vision_config"] = siglip_config(config.vision)
         super().__init__(**stated)
 
 
@@ -84,15 +85,4 @@ def _phi3(config: DecoderConfig) -> PretrainedConfig:
             "eos_token_id": None,
             "pad_token_id": None,
         }
-    )
-
-
-def _siglip(config: VisionConfig) -> SiglipVisionConfig:
-    return SiglipVisionConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
     )

@@ -26,7 +26,7 @@ from vllm.tokenizers import TokenizerLike
 from xgenmm.checkpoint import read_config
 from xgenmm.config import TextConfig, XGenMMConfig
 from xgenmm.errors import InputError
-from xgenmm.prompts import IMAGE, Message, Prompt, chat_prompt, few_shot_prompt
+from xgenmm.prompts import IMAGE, Message, Prompt, request_prompt
 from xgenmm.tokens import Tokens
 
 
@@ -210,12 +210,9 @@ def prompt_of(
     *earlier, (_, question) = [(turn["role"], _text(turn, config.text)) for turn in turns]
     pictures = sum(map(_pictures, turns))
     messages = [Message(role, text) for role, text in earlier]
-    if config.text.prompt == "few_shot":
-        latents = config.sampler.num_latents
-        return few_shot_prompt(
-            tokens, question, pictures=pictures, num_latents=latents, messages=messages
-        )
-    return chat_prompt(tokens, question, pictures=pictures, system_prompt=system, messages=messages)
+    return request_prompt(
+        tokens, config, question, pictures=pictures, system_prompt=system, messages=messages
+    )
 
 
 def _text(turn: ConversationMessage, config: TextConfig) -> str:
