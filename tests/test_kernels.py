@@ -4,15 +4,24 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from xgenmm import kernels
-from xgenmm.config import DecoderConfig
+from xgenmm.config import INTERLEAVE, RELEASES, DecoderConfig
+from xgenmm.fast import compile_kernels, needed_buckets
+from xgenmm.kernel_step import KernelStep
+from xgenmm.model import XGenMM
+from xgenmm.quantize import prepare
 
 TINY = DecoderConfig(
     vocab_size=40,
@@ -41,95 +50,81 @@ def test_kernels_equal_pytorch_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-LINEAR = {
-    "x": "*bf16",
-    "norm": "*bf16",
-    "bias": None,
-    "residual": "*bf16",
-    "out": "*bf16",
-    "rows": "i32",
-    "features": "i32",
-    "x_stride": "i32",
-    "weight_stride": "i32",
-    "residual_stride": "i32",
-    "out_stride": "i32",
-    "eps": "fp32",
-    "WIDTH": 3072,
-}
-CACHE = {
-    "query": "*bf16",
-    "keys": "*bf16",
-    "values": "*bf16",
-    "positions": "*i64",
-    "cache_row_stride": "i32",
-    "cache_head_stride": "i32",
-    "HEADS": 32,
-    "HEAD_DIM": 96,
-}
+class Device:
+    """What Triton asks its driver while it compiles, answered without a device."""
+
+    capability = 90
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.fixture
+def compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> list[CompiledKernel]:
+    """What is compiled while a GPU seems to be there: an H100, or of the capability asked for."""
+    found: list[CompiledKernel] = []
+
+    def note(*, key: str, fn: Any, **told: Any) -> None:
+        found.append(fn.jit_function.device_caches[device.get_current_device()][0][key])
+
+    device = Device()
+    device.capability = getattr(request, "param", device.capability)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+    monkeypatch.setattr(driver, "_active", device)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("kernel", "arguments", "warps", "stages"),
-    [
-        (
-            kernels._one_row_kernel,
-            LINEAR
-            | {"weight": "*bf16", "scale": None, "GATED": True, "ROWS": 1}
-            | {"BLOCK_N": 4, "BLOCK_K": 1024},
-            4,
-            2,
-        ),
-        (
-            kernels._few_rows_kernel,
-            LINEAR
-            | {"weight": "*i8", "scale": "*fp32", "GATED": False, "ROWS": 16}
-            | {"BLOCK_N": 16, "BLOCK_K": 128},
-            4,
-            4,
-        ),
-        (
-            kernels._rotate_store_kernel,
-            CACHE
-            | {"qkv": "*bf16", "cosine": "*fp32", "sine": "*fp32", "qkv_stride": "i32"}
-            | {"HALF_BLOCK": 64},
-            1,
-            3,
-        ),
-        (
-            kernels._attend_kernel,
-            CACHE
-            | {"out": "*bf16", "partial": "*fp32", "arrivals": "*i32", "scale": "fp32", "DIM": 128}
-            | {"WINDOW": 2048, "SPLITS": 16, "SPLIT_LANES": 16, "BLOCK": 32},
-            4,
-            3,
-        ),
-    ],
-    ids=["one row", "few rows", "rotate and store", "attend"],
+    ("compiled", "quantize"),
+    [(80, None), (80, "int8"), (90, None), (90, "fp8")],
+    indirect=["compiled"],
 )
-def test_full_size_kernels_compile_without_spilling(
-    capability: int,
-    kernel: "triton.JITFunction[..., None]",
-    arguments: dict[str, str | int | None],
-    warps: int,
-    stages: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+def test_a_full_size_step_compiles_without_spilling(
+    compiled: list[CompiledKernel], quantize: str | None
 ) -> None:
     """For A100 and H100, without either: Triton brings NVIDIA's assembler."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    signature, constants, aligned = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        kind = arguments[name]
-        signature[name] = kind if isinstance(kind, str) else "constexpr"
-        if not isinstance(kind, str):
-            constants[(place,)] = kind
-        elif kind.startswith("*") or name.endswith("stride"):
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
-    )
-    assert len(compiled.asm["cubin"]) > 1000
-    assert "local" not in re.findall(r"\.(local)\s", compiled.asm["ptx"])
+    for jit in (f for f in vars(kernels).values() if isinstance(f, triton.JITFunction)):
+        jit.device_caches.clear()
+    compile_kernels(RELEASES[INTERLEAVE], 64, torch.bfloat16, quantize)
+    assert len(compiled) >= 17
+    for kernel in compiled:
+        assert len(kernel.asm["cubin"]) > 1000
+        assert not re.search(r"\.local\s", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_step_launches_what_was_compiled_ahead_and_nothing_else(
+    quantize: str | None, compiled: list[CompiledKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 20
+    config = replace(RELEASES[INTERLEAVE], decoder=TINY)
+    compile_kernels(config, rows, torch.bfloat16, quantize)
+    ahead = len(compiled)
+    assert ahead > 10
+
+    launched = []
+
+    def launch(kernel: object, grid: object, *arguments: object, **options: object) -> None:
+        launched.append(kernel)
+        kernel.run(*arguments, grid=grid, warmup=True, **options)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(kernels, "_launch", launch)
+    with torch.device("meta"):
+        shell = XGenMM(config)
+    shell.vlm.lang_model.to_empty(device="cpu").bfloat16()
+    if quantize is not None:
+        prepare(shell, quantize)
+    step = KernelStep(shell, shell.cache(rows, TINY.max_positions + 1))
+    for bucket in needed_buckets(rows):
+        step(torch.zeros(bucket, dtype=torch.long), torch.zeros(bucket, dtype=torch.long))
+    assert len(launched) > 50
+    assert len(compiled) == ahead

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +27,7 @@ from xgenmm.caches import PromptKeys, Store
 from xgenmm.checkpoint import load_parameters, read_config, resolve
 from xgenmm.constraints import Constraint, Grammars
 from xgenmm.errors import InputError
-from xgenmm.fast import MAX_ROWS, lay_out_by_column
+from xgenmm.fast import MAX_ROWS, compile_kernels, lay_out_by_column
 from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
 from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, request_prompt
@@ -370,7 +371,13 @@ def load(
     tokens = Tokens.from_folder(folder, config.text.convention, config.additional_ids)
     with torch.device("meta"):
         model = XGenMM(config)
-    load_parameters(model, folder, device=where, dtype=kind, quantize=quantize)
+    with ThreadPoolExecutor(1) as aside:
+        compiled = None
+        if where.type == "cuda":
+            compiled = aside.submit(compile_kernels, config, min(slots, MAX_ROWS), kind, quantize)
+        load_parameters(model, folder, device=where, dtype=kind, quantize=quantize)
+        if compiled is not None:
+            compiled.result()
     if where.type == "cpu" and kind == torch.float32:
         lay_out_by_column(model.decoder)
     engine = Engine(model, tokens, slots, cache_bytes)

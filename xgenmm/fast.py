@@ -6,13 +6,16 @@ path of `decoder.py`, which is also what the other is tested against. Knows noth
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import nn
 
+from xgenmm.config import XGenMMConfig
 from xgenmm.decoder import KVCache, Phi3Decoder
 from xgenmm.model import XGenMM
+from xgenmm.quantize import prepare
 
 Decode = Callable[[torch.Tensor, torch.Tensor, KVCache, int], torch.Tensor]
 """Tokens int64 [n], positions int64 [n], cache, length -> logits float32 [n, vocab].
@@ -52,6 +55,41 @@ def fast_decode(model: XGenMM, cache: KVCache) -> Decode:
     return decode
 
 
+def compile_kernels(
+    config: XGenMMConfig, rows: int, dtype: torch.dtype, quantize: str | None = None
+) -> None:
+    """Compile, several at a time, the kernels of a GPU's `fast_decode`, or find them in the cache.
+
+    Needs nothing but the sizes, so it can be done while the weights are read. Later launches on the
+    current device find the kernels in memory.
+
+    rows: most rows of a step. dtype: of weights and cache. quantize: of `quantize.KINDS`.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    from xgenmm.kernel_step import KernelStep
+
+    with torch.device("meta"):
+        model = XGenMM(config).to(dtype)
+        tokens = torch.zeros(BUCKETS[-1], dtype=torch.int64)
+        if quantize is not None:
+            prepare(model, quantize)
+    step = KernelStep(model, model.cache(rows, config.decoder.max_positions + 1))
+    with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
+        for bucket in needed_buckets(rows):
+            step(tokens[:bucket], tokens[:bucket])
+
+
+def needed_buckets(most_rows: int, buckets: Sequence[int] = BUCKETS) -> Sequence[int]:
+    """The buckets that batches of 1 to `most_rows` rows need.
+
+    Raises ValueError if none is large enough.
+    """
+    if most_rows > buckets[-1]:
+        raise ValueError(f"rows: {most_rows} are more than the largest bucket, {buckets[-1]}")
+    return buckets[: sum(bucket < most_rows for bucket in buckets) + 1]
+
+
 def lay_out_by_column(decoder: Phi3Decoder) -> None:
     """Store the matrices of a float32 decoder on a CPU by column; shapes and names stay.
 
@@ -77,17 +115,12 @@ class DecodeGraphs:
         capture: Capture,
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
-        """Capture `step` for all buckets that up to `most_rows` rows need.
-
-        Raises ValueError if no bucket is large enough.
-        """
-        if most_rows > buckets[-1]:
-            raise ValueError(f"rows: {most_rows} are more than the largest bucket, {buckets[-1]}")
-        needed = sum(bucket < most_rows for bucket in buckets) + 1
-        self._tokens = torch.zeros(buckets[needed - 1], dtype=torch.int64, device=device)
+        """Capture `step` for all buckets that up to `most_rows` rows need."""
+        needed = needed_buckets(most_rows, buckets)
+        self._tokens = torch.zeros(needed[-1], dtype=torch.int64, device=device)
         self._positions = torch.full_like(self._tokens, -1)
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
-        for bucket in reversed(buckets[:needed]):  # the largest first: smaller ones fit its memory
+        for bucket in reversed(needed):  # the largest first: smaller ones fit its memory
             tokens, positions = self._tokens[:bucket], self._positions[:bucket]
             self._replay[bucket] = capture(partial(step, tokens, positions))
 

@@ -5,12 +5,15 @@ twice. All arithmetic is float32, results are rounded once. A row with a positio
 row: nothing of the cache is read or written for it and its attention is 0. No function waits for
 the device, and shapes depend on the arguments' shapes only, so all of it can be captured in a CUDA
 graph. On a CPU they run in Triton's interpreter (TRITON_INTERPRET=1 before the first import), which
-is how the tests prove them. Knows nothing of modules, models or graphs.
+is how the tests prove them; on the meta device they are only compiled. Knows nothing of modules,
+models or graphs.
 
 RMSNorm is the prologue and the residual sum the epilogue of a linear layer, so the hidden state
 travels once; `rms_norm` and `silu_multiply` are for the batches that a vendor's matrix product
 serves better.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +21,17 @@ from triton import language as tl
 
 LINEAR_ROWS = 64
 """The most rows that `linear` takes."""
+
+
+def _launch(
+    kernel: "triton.JITFunction[..., None]",
+    grid: tuple[int, ...],
+    x: torch.Tensor,
+    *others: Any,
+    **options: Any,
+) -> None:
+    """Run the programs of `grid`. With an `x` on the meta device the kernel is only compiled."""
+    kernel.run(x, *others, grid=grid, warmup=x.is_meta, **options)
 
 
 @triton.jit
@@ -231,7 +245,9 @@ def linear(
         out = x.new_empty(rows, features)
     padded, block_n, block_k, stages = _linear_blocks(rows, width, features)
     kernel = _one_row_kernel if rows == 1 else _few_rows_kernel
-    kernel[(triton.cdiv(features, block_n),)](
+    _launch(
+        kernel,
+        (triton.cdiv(features, block_n),),
         x,
         weight,
         scale,
@@ -341,7 +357,9 @@ def rotate_and_store(
     rows, (heads, head_dim) = qkv.shape[0], (keys.shape[1], keys.shape[3])
     query = qkv.new_empty(rows, heads, head_dim)
     cosine, sine = rotary
-    _rotate_store_kernel[(rows, heads)](
+    _launch(
+        _rotate_store_kernel,
+        (rows, heads),
         qkv,
         positions,
         cosine,
@@ -474,7 +492,9 @@ def attend(
     out = query.new_empty(rows, heads * head_dim)
     shares = (rows * heads, splits, dim + 2) if splits > 1 else (0,)
     partial = query.new_empty(shares, dtype=torch.float32)
-    _attend_kernel[(rows * heads, splits)](
+    _launch(
+        _attend_kernel,
+        (rows * heads, splits),
         query,
         keys,
         values,
@@ -514,8 +534,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows, width = x.shape
     out = x.new_empty(rows, width)
     block = triton.next_power_of_2(width)
-    _rms_norm_kernel[(rows,)](
-        x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=8
+    _launch(
+        _rms_norm_kernel,
+        (rows,),
+        x,
+        weight,
+        out,
+        x.stride(0),
+        eps,
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=8,
     )
     return out
 
@@ -541,7 +570,13 @@ def silu_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     block = min(1024, triton.next_power_of_2(width))
-    _silu_multiply_kernel[(rows, triton.cdiv(width, block))](
-        gate_up, out, WIDTH=width, BLOCK=block, num_warps=4
+    _launch(
+        _silu_multiply_kernel,
+        (rows, triton.cdiv(width, block)),
+        gate_up,
+        out,
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
     )
     return out
