@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -33,14 +32,13 @@ from cog import (
 )
 
 import xgenmm
-from xgenmm.engine import Engine, Request
+from xgenmm.engine import Engine, Request, favour_model_thread
 from xgenmm.errors import InputError
 from xgenmm.prompts import parse_messages
 from xgenmm.sampling import SamplingParams
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 MOST_BEAMS = 8  # of one prediction, each of which takes a slot
-SWITCH_SECONDS = 0.0002
 
 Number = TypeVar("Number", int, float)
 
@@ -58,9 +56,7 @@ class Predictor(BasePredictor):
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
         self.timeout = _setting("XGENMM_TIMEOUT", float)
-        # The model's thread gives up the interpreter at each of its many short operations, and is
-        # to have it back sooner than after the 5 ms that Python grants to whoever took it.
-        sys.setswitchinterval(SWITCH_SECONDS)
+        favour_model_thread()
         log.info("loading %s", model)
         self.engine = xgenmm.load(
             model,

@@ -40,8 +40,9 @@ from scripts.local_server import ROOT, predict, serving
 from xgenmm.checkpoint import load_parameters, read_config
 from xgenmm.config import DecoderConfig, SamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.decoder import KVCache, Phi3Decoder
-from xgenmm.fast import Decode, fast_decode, lay_out_by_column
+from xgenmm.fast import Decode, fast_decode
 from xgenmm.images import read_picture
+from xgenmm.linear import use_onednn
 from xgenmm.model import XGenMM
 from xgenmm.parity import all_logits
 from xgenmm.prompts import Prompt
@@ -585,7 +586,7 @@ def cpu(*, tiny: bool = False) -> list[Row]:
     model = random_model(size.config, torch.device("cpu"), torch.float32)
     theirs = their_decoder(model.decoder, torch.float32)
     # Their weights stay as they are: ours are laid out anew.
-    lay_out_by_column(model.decoder)
+    use_onednn(model)
     torch.manual_seed(4)
     embeds = torch.randn(1, size.context, size.config.decoder.hidden_size) * 0.02
     best = [float("inf")] * 4

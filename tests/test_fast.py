@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.test_model import random_decoder
-from xgenmm.fast import DecodeGraphs, lay_out_by_column
+from xgenmm.fast import DecodeGraphs
 
 CPU = torch.device("cpu")
 
@@ -68,16 +67,3 @@ def test_more_rows_than_captured_are_refused() -> None:
         captured.decode(nothing, nothing)
     with pytest.raises(ValueError, match="65 are more than the largest bucket, 64"):
         graphs(65)
-
-
-def test_layout_by_column_changes_no_value_and_no_name() -> None:
-    decoder = random_decoder()
-    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
-    hidden = torch.randn(3, decoder.config.hidden_size)
-    expected = decoder.lm_head(hidden)
-    lay_out_by_column(decoder)
-    after = decoder.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert decoder.lm_head.weight.stride() == (1, decoder.config.vocab_size)
-    torch.testing.assert_close(decoder.lm_head(hidden), expected)

@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
-from torch import nn
 
 from xgenmm.config import XGenMMConfig
-from xgenmm.decoder import KVCache, Phi3Decoder
+from xgenmm.decoder import KVCache
 from xgenmm.model import XGenMM
 from xgenmm.quantize import prepare
 
@@ -88,17 +87,6 @@ def needed_buckets(most_rows: int, buckets: Sequence[int] = BUCKETS) -> Sequence
     if most_rows > buckets[-1]:
         raise ValueError(f"rows: {most_rows} are more than the largest bucket, {buckets[-1]}")
     return buckets[: sum(bucket < most_rows for bucket in buckets) + 1]
-
-
-def lay_out_by_column(decoder: Phi3Decoder) -> None:
-    """Store the matrices of a float32 decoder on a CPU by column; shapes and names stay.
-
-    The product with a single row, which waits for memory, then reads a weight's memory in the
-    order in which the processor's matrix product wants it.
-    """
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 class DecodeGraphs:

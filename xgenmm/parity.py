@@ -28,6 +28,7 @@ from xgenmm.config import (
 )
 from xgenmm.generate import generate
 from xgenmm.images import read_picture
+from xgenmm.linear import use_onednn
 from xgenmm.model import XGenMM
 from xgenmm.prompts import Prompt
 from xgenmm.sampling import SamplingParams
@@ -177,10 +178,11 @@ def golden_prompt(golden: Mapping[str, Any], ids: Sequence[int]) -> Prompt:
 
 
 def golden_model(folder: Path, golden: Mapping[str, Any]) -> XGenMM:
-    """The golden model with its weights, float32 on the CPU."""
+    """The golden model with its weights, float32 on the CPU, as `load` makes it ready."""
     with torch.device("meta"):
         model = XGenMM(golden_config(golden))
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    use_onednn(model)
     return model.eval().requires_grad_(False)
 
 

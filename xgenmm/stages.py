@@ -21,7 +21,7 @@ import torch
 from xgenmm.checkpoint import read_config, resolve
 from xgenmm.config import XGenMMConfig
 from xgenmm.datasets import Record, Row, read_record
-from xgenmm.engine import Engine, Request, load
+from xgenmm.engine import Engine, Request, favour_model_thread, load
 from xgenmm.errors import InputError
 from xgenmm.sampling import SamplingParams
 from xgenmm.tiles import Tiles, tile_picture
@@ -47,7 +47,8 @@ class Task:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def load(self) -> Engine:
-        """Raises CheckpointError and InputError as `xgenmm.load` does."""
+        """An engine in a process of its own. Raises as `xgenmm.load` does."""
+        favour_model_thread()
         return load(self.model, self.device, self.dtype, quantize=self.quantize)
 
 
