@@ -923,13 +923,10 @@ def sample_pair(
     related: the share of the first two sorts, if not half. wordings: of "the same?", at most.
     """
 
-    def same(answer: str) -> list[QA]:
-        return list(dict.fromkeys(_ask(rng, "pair same", answer) for _ in range(wordings)))
-
     first = sample_scene(rng, fonts, level=level)
     kind = rng.random() * 0.5 / related
     if kind < 0.3:
-        return first, _resized(first, rng), same("yes")
+        return first, _resized(first, rng), ask_same(rng, "yes", wordings)
     if kind < 0.5:
         second = _edited(first, rng)
         if rng.random() < 0.5:
@@ -938,9 +935,28 @@ def sample_pair(
             second = _resized(second, rng)
     else:
         second = sample_scene(rng, fonts, level=level)
+    doubtful = kind < 0.5 or not compare(first, second) or rng.random() < 0.2
+    return first, second, ask_pair(rng, first, second, n, wordings if doubtful else 0)
+
+
+def sample_family(
+    rng: random.Random, fonts: Sequence[Path], level: float
+) -> tuple[tuple[Scene, Scene], tuple[Scene, Scene]]:
+    """Sample a scene and what differs from it in one thing, each also at another size."""
+    scene = sample_scene(rng, fonts, level=level)
+    edited = _edited(scene, rng)
+    return (scene, _rescaled(scene, rng)), (edited, _rescaled(edited, rng))
+
+
+def ask_same(rng: random.Random, answer: str, wordings: int) -> list[QA]:
+    """Whether two scenes are the same, in at most so many wordings."""
+    return list(dict.fromkeys(_ask(rng, "pair same", answer) for _ in range(wordings)))
+
+
+def ask_pair(rng: random.Random, first: Scene, second: Scene, n: int, same: int) -> list[QA]:
+    """1 to `n` questions on two scenes that differ, `same` of them whether they are the same."""
     pool = compare(first, second)
-    doubtful = kind < 0.5 or not pool or rng.random() < 0.2
-    chosen = same("no") if doubtful and _differ(first, second) else []
+    chosen = ask_same(rng, "no", same) if _differ(first, second) else []
     if pool:
         # Each form of question gets its share, however many things it can name.
         by_form: dict[str, list[tuple[str, str, str]]] = {}
@@ -952,7 +968,23 @@ def sample_pair(
             qa = _ask(rng, form, answer, **{name: slot})
             if qa not in chosen:
                 chosen.append(qa)
-    return first, second, chosen or same("no")
+    return chosen or ask_same(rng, "no", max(1, same))
+
+
+def ask_difference(first: Scene, second: Scene) -> list[QA]:
+    """What either scene shows and the other does not, where that is one thing at most.
+
+    Of a kind of its own, "difference": the demo is trained on it but not judged by it.
+    """
+    asked = []
+    for one, other, question in (
+        (first, second, "What is in the first image, not in the second?"),
+        (second, first, "What is in the second image, not in the first?"),
+    ):
+        found = list((_content(one) - _content(other)).elements())
+        if len(found) <= 1:
+            asked.append(QA("difference", question, found[0] if found else "nothing"))
+    return asked
 
 
 def compare(first: Scene, second: Scene) -> list[tuple[str, str, str]]:
@@ -980,16 +1012,24 @@ def compare(first: Scene, second: Scene) -> list[tuple[str, str, str]]:
 
 
 def _differ(first: Scene, second: Scene) -> bool:
-    def content(scene: Scene) -> tuple[list[str], str | None]:
-        return sorted(shape.name for shape in scene.shapes), scene.sign.word if scene.sign else None
+    return _content(first) != _content(second)
 
-    return content(first) != content(second)
+
+def _content(scene: Scene) -> Counter[str]:
+    """The names of the shapes, and the word of the sign."""
+    content = Counter(shape.name for shape in scene.shapes)
+    if scene.sign is not None:
+        content[scene.sign.word] = 1
+    return content
 
 
 def _resized(scene: Scene, rng: random.Random) -> Scene:
     """The same scene, in half of the cases at another size."""
-    if rng.random() < 0.5:
-        return scene
+    return scene if rng.random() < 0.5 else _rescaled(scene, rng)
+
+
+def _rescaled(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene at another size."""
     low = MIN_SIDE / scene.short
     high = MAX_SIDE / max(scene.width, scene.height)
     factor = rng.uniform(max(low, 0.6), min(high, 1.6))

@@ -5,7 +5,7 @@
     python -m scripts.train_demo curves     # the picture of its losses and accuracies
     python -m scripts.train_demo examples   # the pictures and questions in its folder
 
-Six stages, from direct supervision to the task itself, the first and third from easy scenes to
+Nine stages, from direct supervision to the task itself, the first and third from easy scenes to
 the whole world:
 
 see      the tower learns what stands in each of its cells (shape and colour, or letter), and which
@@ -16,7 +16,11 @@ answer   sampler and decoder learn to answer; the tower stands still, which save
          time;
 polish   all together, at a falling learning rate;
 finish   the same, mostly on two pictures at once, with questions on either of them;
-compare  the same, mostly on two pictures that are equal or nearly so.
+compare  the same, mostly on two pictures that are equal or nearly so;
+match    the decoder alone, on many pairs of few pictures; it is also asked what one of them shows
+         and the other does not, which teaches to compare better than a bare yes or no;
+rematch  the same once more, from a higher rate again;
+settle   and for a last time.
 
 Many questions share one encoding of a picture: they are branches of one row, which see the
 picture's prefix and themselves. The heads that the first stages need are dropped at the end.
@@ -121,6 +125,7 @@ class Stage:
     asks: bool = False  # questions
     pairs: float = 0.0  # the share of steps that ask about two pictures
     related: float = 0.5  # the share of these pairs that are equal or nearly so
+    families: bool = False  # pictures come in fours, of which many pairs are made
     wordings: int = 1  # of the question whether they are
 
 
@@ -131,6 +136,9 @@ STAGES = (
     Stage("polish", 1800, 16, 1.4e-3, 2e-4, 0.0, asks=True, pairs=0.5),
     Stage("finish", 1900, 16, 7e-4, 1e-5, 0.0, asks=True, pairs=0.6),
     Stage("compare", 550, 16, 5e-4, 1e-5, 0.0, asks=True, pairs=0.75, related=0.75, wordings=4),
+    Stage("match", 700, 16, 8e-4, 1e-5, 0.0, asks=True, families=True, wordings=2),
+    Stage("rematch", 300, 16, 7e-4, 1e-5, 0.0, asks=True, families=True, wordings=2),
+    Stage("settle", 120, 16, 4e-4, 1e-5, 0.0, asks=True, families=True, wordings=2),
 )
 
 
@@ -347,7 +355,8 @@ class Rows:
 
     branch: 0 for the prefix that all see, then the number of the question, -1 for padding.
     labels: the next id where an answer is to be learnt, else -100. weight: of that label.
-    kinds: the question's kind by row and branch.
+    kinds: the question's kind by row and branch. shown: which of the batch's pictures the rows
+    show, one after the other.
     """
 
     ids: torch.Tensor
@@ -356,6 +365,18 @@ class Rows:
     labels: torch.Tensor
     weight: torch.Tensor
     kinds: list[list[str]]
+    shown: list[int]
+
+
+def distinct(examples: Sequence[tuple[Sequence[Picture], object]]) -> list[Picture]:
+    """The pictures of the examples in the order in which they first come, each once."""
+    return list({id(picture): picture for shown, _ in examples for picture in shown}.values())
+
+
+def label_sets(picture: Picture) -> torch.Tensor:
+    """`banded` of cover and centre: int64 [2, tiles, SIDE**2, 3]."""
+    columns, rows = picture.tiles.columns, picture.tiles.rows
+    return torch.stack([banded(cells, columns, rows) for cells in (picture.cover, picture.center)])
 
 
 def pack(tokens: Tokens, examples: Sequence[tuple[Sequence[Picture], Sequence[world.QA]]]) -> Rows:
@@ -397,15 +418,19 @@ def pack(tokens: Tokens, examples: Sequence[tuple[Sequence[Picture], Sequence[wo
     def table(name: str, fill: float) -> torch.Tensor:
         return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in packed])
 
-    kinds = [[qa.kind for qa in asked] for _, asked in examples]
+    number_of = {id(picture): i for i, picture in enumerate(distinct(examples))}
     return Rows(
         ids=table("ids", tokens.id("<pad>")).long(),
         positions=table("positions", 0).long(),
         branch=table("branch", -1).long(),
         labels=table("labels", -100).long(),
         weight=table("weight", 0.0),
-        kinds=kinds,
+        kinds=[[qa.kind for qa in asked] for _, asked in examples],
+        shown=[number_of[id(picture)] for shown, _ in examples for picture in shown],
     )
+
+
+Shown = Sequence[tuple[world.Scene, Picture]]
 
 
 class Batches(Dataset[tuple[list[Picture], Rows | None]]):
@@ -423,6 +448,9 @@ class Batches(Dataset[tuple[list[Picture], Rows | None]]):
         hard = step / (stage.easy * stage.steps) if stage.easy else 1.0
         pairs = rng.random() < stage.pairs
         examples: list[tuple[list[Picture], list[world.QA]]] = []
+        if stage.families:
+            examples = self._families(rng)
+            return distinct(examples), pack(self.tokens, examples)
         for _ in range(stage.pictures // 2 if pairs else stage.pictures):
             # Even the last scenes are sometimes easy, and the first ones never all of one kind.
             level = min(1.0, hard) if rng.random() < 0.85 else rng.random()
@@ -435,12 +463,7 @@ class Batches(Dataset[tuple[list[Picture], Rows | None]]):
                     related=stage.related,
                     wordings=stage.wordings,
                 )
-                for name, scene in (("first", first), ("second", second)):
-                    # To compare two pictures, one must know which of them showed what.
-                    asked += [
-                        replace(qa, question=f"In the {name} image: {qa.question}", kind="each")
-                        for qa in world.sample_questions(scene, rng, 4, QUESTIONS)
-                    ]
+                asked += ask_each(rng, first, second, 4)
                 examples.append(([show(first, rng), show(second, rng)], asked))
             elif stage.name == "gather" and rng.random() < 0.5:
                 examples += [([show_page(rng, self.fonts)], []) for _ in range(3)]
@@ -450,11 +473,49 @@ class Batches(Dataset[tuple[list[Picture], Rows | None]]):
                 scene = world.sample_scene(rng, self.fonts, level=level, with_sign=sign)
                 questions = world.sample_questions(scene, rng, 12, QUESTIONS) if stage.asks else []
                 examples.append(([show(scene, rng)], questions))
-        pictures = [picture for shown, _ in examples for picture in shown]
+        pictures = distinct(examples)
         if not stage.asks:
             return pictures, None
         pages = [show_page(rng, self.fonts) for _ in range(PAGES)]
         return pictures + pages, pack(self.tokens, examples)
+
+    def _families(self, rng: random.Random) -> list[tuple[list[Picture], list[world.QA]]]:
+        """Families of four pictures that show two scenes, which differ in one thing.
+
+        Of each family three pairs that are equal, three that are not, and two pictures alone.
+        """
+        wordings = self.stage.wordings
+        families = []
+        for _ in range(self.stage.pictures // 4):
+            scenes = world.sample_family(rng, self.fonts, 1.0 if rng.random() < 0.85 else 0.5)
+            families.append([[(scene, show(scene, rng)) for scene in sizes] for sizes in scenes])
+        examples: list[tuple[list[Picture], list[world.QA]]] = []
+
+        def add(one: Shown, other: Shown) -> None:
+            (first, shown), (second, beside) = rng.choice(one), rng.choice(other)
+            if one is other:
+                asked = world.ask_same(rng, "yes", wordings)
+            else:
+                asked = world.ask_pair(rng, first, second, 5, wordings)
+            asked += world.ask_difference(first, second)
+            examples.append(([shown, beside], asked + ask_each(rng, first, second, 1)))
+
+        for family in families:
+            for a, b in ((0, 0), (1, 1), (0, 0), (0, 1), (1, 0), (0, 1)):
+                add(family[a], family[b])
+            for sizes in family:
+                scene, picture = rng.choice(sizes)
+                examples.append(([picture], world.sample_questions(scene, rng, 12, QUESTIONS)))
+        return examples
+
+
+def ask_each(rng: random.Random, first: world.Scene, second: world.Scene, n: int) -> list[world.QA]:
+    """`n` questions on either of two pictures: to compare, one must know which showed what."""
+    return [
+        replace(qa, question=f"In the {name} image: {qa.question}", kind="each")
+        for name, scene in (("first", first), ("second", second))
+        for qa in world.sample_questions(scene, rng, n, QUESTIONS)
+    ]
 
 
 # Losses
@@ -515,8 +576,8 @@ def answer_loss(
     """
     embeds = model.decoder.embed(rows.ids)
     shown = rows.ids == CONFIG.additional_ids["<image>"]
-    # Pages come last and are asked nothing, so their tokens are left over.
-    embeds = embeds.masked_scatter(shown[..., None], torch.cat(list(vision)).to(embeds.dtype))
+    pictures = torch.cat([vision[i] for i in rows.shown])
+    embeds = embeds.masked_scatter(shown[..., None], pictures.to(embeds.dtype))
     branch = rows.branch
     length = branch.shape[1]
     related = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
@@ -560,7 +621,7 @@ def losses(
         parts["tower"] = tower_loss(heads, model.features([Tiles(pixels, 0, 0, (1, 1))])[0], cells)
         return parts, right
     tiles = [picture.tiles for picture in pictures]
-    frozen = stage == "answer"
+    frozen = "tower" not in LOSS_WEIGHTS[stage]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         # Ungrouped first: the tower's labels belong to its own tiles.
         whole = Tiles(torch.cat([t.pixels for t in tiles]), 0, 0, (1, 1))
@@ -571,16 +632,14 @@ def losses(
             [torch.cat([getattr(p, k) for p in pictures]) for k in ("cover", "center")]
         ).flatten(2)
         parts["tower"] = tower_loss(heads, flat, cells)
-    vision = model.vision_tokens(tiles, features)
-    sets = torch.stack(
-        [
-            torch.cat([banded(getattr(p, k), p.tiles.columns, p.tiles.rows) for p in pictures])
-            for k in ("cover", "center")
-        ]
-    )
-    width = CONFIG.decoder.hidden_size
-    every = torch.cat(vision).view(-1, CONFIG.sampler.num_latents, width)
-    parts["sampler"] = sampler_loss(heads, every, sets)
+    frozen = "sampler" not in LOSS_WEIGHTS[stage]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        vision = model.vision_tokens(tiles, features)
+    if not frozen:
+        sets = torch.cat([label_sets(picture) for picture in pictures], dim=1)
+        width = CONFIG.decoder.hidden_size
+        every = torch.cat(vision).view(-1, CONFIG.sampler.num_latents, width)
+        parts["sampler"] = sampler_loss(heads, every, sets)
     if rows is not None:
         parts["answer"], right = answer_loss(model, vision, rows)
     return parts, right
@@ -600,6 +659,9 @@ LOSS_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "polish": _TOGETHER,
     "finish": _TOGETHER,
     "compare": _TOGETHER,
+    "match": {"answer": 1.0},
+    "rematch": {"answer": 1.0},
+    "settle": {"answer": 1.0},
 }
 
 
@@ -816,7 +878,9 @@ def curves(folder: Path, state: Path) -> None:
     for stage, minutes in starts.items():
         for axes in (upper, lower):
             axes.axvline(minutes, color="grey", linestyle=":", linewidth=0.8)
-        upper.text(minutes, 1.02, stage, transform=upper.get_xaxis_transform(), fontsize=8)
+        upper.text(
+            minutes, 1.02, stage, transform=upper.get_xaxis_transform(), fontsize=8, rotation=45
+        )
     upper.set_ylabel("loss on new scenes")
     upper.set_yscale("log")
     lower.set_ylabel("answers right throughout")

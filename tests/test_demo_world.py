@@ -96,6 +96,24 @@ def test_pairs_may_be_related_more_often_and_asked_in_more_words(fonts: list[Pat
     assert all(len({qa.answer for qa in pair}) == 1 for pair in often)
 
 
+def test_a_family_is_two_scenes_that_differ_in_one_thing(fonts: list[Path]) -> None:
+    rng = random.Random(22)
+    for _ in range(100):
+        (scene, resized), (edited, edited_resized) = world.sample_family(rng, fonts, 1.0)
+        for one in (scene, resized, edited, edited_resized):
+            assert_within_bounds(one)
+        assert [qa.answer for qa in world.ask_difference(scene, resized)] == ["nothing"] * 2
+        assert [qa.answer for qa in world.ask_difference(edited_resized, edited)] == ["nothing"] * 2
+        first, second = (qa.answer for qa in world.ask_difference(scene, edited))
+        names = [shape.name for shape in scene.shapes]
+        assert first in names or (scene.sign is not None and first == scene.sign.word)
+        assert first != second
+        asked = world.ask_pair(rng, scene, edited, 5, 2)
+        assert asked[0].answer == "no"
+        assert "yes" not in {qa.answer for qa in asked}
+        assert {qa.answer for qa in world.ask_same(rng, "yes", 3)} == {"yes"}
+
+
 def test_level_orders_the_world_from_easy_to_hard(fonts: list[Path]) -> None:
     rng = random.Random(13)
     easy = [world.sample_scene(rng, fonts, level=0) for _ in range(100)]

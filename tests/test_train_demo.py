@@ -84,6 +84,25 @@ def test_packed_questions_are_answered_as_each_alone(tmp_path: Path) -> None:
     assert all(all(values) for values in right.values())
 
 
+def test_pairs_of_few_pictures_train_the_decoder_alone(tmp_path: Path) -> None:
+    training.write_folder(tmp_path)
+    stage = replace(training.STAGES[-1], pictures=8)
+    assert stage.families
+    batches = training.Batches(stage, FONTS, training.demo_tokens(tmp_path), seed=1)
+    pictures, rows = batches[0]
+    assert rows is not None
+    assert len(pictures) == 8
+    assert set(rows.shown) <= set(range(8))
+    assert len(rows.shown) == 2 * (6 * 2 + 2)  # of each family six pairs and two alone
+    torch.manual_seed(1)
+    model, heads = XGenMM(training.CONFIG), training.Heads()
+    parts, _ = training.losses(model, heads, stage.name, pictures, rows)
+    assert parts.keys() == training.LOSS_WEIGHTS[stage.name].keys()
+    parts["answer"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lang_model" in name)
+
+
 def test_training_resumes_and_writes_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
