@@ -176,6 +176,11 @@ class Made:
     logits: torch.Tensor
 
 
+def is_small(model: XGenMM) -> bool:
+    """Whether the model's operations are too short to be shared by several cores of a CPU."""
+    return sum(parameter.nbytes for parameter in model.parameters()) <= SMALL
+
+
 class Scheduler:
     """The thread that owns the model, its cache's slots, and what is kept between requests."""
 
@@ -246,9 +251,8 @@ class Scheduler:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        small = sum(parameter.nbytes for parameter in self.model.parameters()) <= SMALL
         threads = torch.get_num_threads()
-        step_threads = 1 if small else threads
+        step_threads = 1 if is_small(self.model) else threads
         try:
             while self._receive():
                 self._drop()

@@ -1,6 +1,6 @@
 """One stage for a dataset: records in, rows of answers out, in any order.
 
-`in_process` keeps one engine's batch full. `with_ray` runs the same as a Ray Data pipeline: CPU
+`in_process` keeps its engines' batches full. `with_ray` runs the same as a Ray Data pipeline: CPU
 tasks read the pictures and cut them into tiles, apart from the actors, which have an engine each.
 A record's rows are the same either way, whatever is answered beside it.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from queue import SimpleQueue
 from threading import BoundedSemaphore
 from typing import Any, TypeVar
 
@@ -24,10 +25,14 @@ from xgenmm.datasets import Record, Row, read_record
 from xgenmm.engine import Engine, Request, favour_model_thread, load
 from xgenmm.errors import InputError
 from xgenmm.sampling import SamplingParams
+from xgenmm.scheduler import is_small
 from xgenmm.tiles import Tiles, tile_picture
 
 QUEUED = 4
 """Records in work for each slot of an engine: some are read while others are answered."""
+
+MAX_ENGINES = 8
+"""Engines that one process drives at most: they take turns at the interpreter."""
 
 BLOCK = 32
 """Records that Ray reads, and hands to an engine, at a time."""
@@ -93,16 +98,37 @@ def _answer(engine: Engine, task: Task, record: Record, tiles: Tiles | str, ques
 
 
 def in_process(engine: Engine, task: Task, records: Iterable[Record]) -> Iterator[list[Row]]:
-    """The rows of each record, as they are done."""
+    """The rows of each record, as they are done.
 
-    reading = BoundedSemaphore(2 * (os.cpu_count() or 1))  # large pictures, decoded, are large
+    A small model on a CPU is driven by an engine a core: they share its weights, and no operation
+    waits for a core that is busy with something else.
+    """
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    reading = BoundedSemaphore(2 * cores)  # large pictures, decoded, are large
+    engines = [engine]
+    if engine.model.device.type == "cpu" and is_small(engine.model):
+        torch.set_num_threads(1)  # of each engine
+        further = min(cores, MAX_ENGINES) - 1
+        engines += [Engine(engine.model, engine.tokens, engine.slots) for _ in range(further)]
+    places: SimpleQueue[Engine] = SimpleQueue()
+    for place in QUEUED * engine.slots * engines:
+        places.put(place)
 
     def rows(record: Record) -> list[Row]:
         with reading:
             tiles = prepare(record, engine.config)
-        return answer(engine, task, record, tiles)
+        free = places.get()
+        try:
+            return answer(free, task, record, tiles)
+        finally:
+            places.put(free)
 
-    return _in_threads(rows, records, QUEUED * engine.slots)
+    try:
+        yield from _in_threads(rows, records, places.qsize())
+    finally:
+        torch.set_num_threads(threads)
+        for other in engines[1:]:
+            other.close()
 
 
 def _in_threads(
