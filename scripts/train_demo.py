@@ -652,6 +652,7 @@ def regrouped(flat: torch.Tensor, tiles: Sequence[Tiles]) -> list[torch.Tensor]:
 
 
 _TOGETHER = {"tower": 0.2, "sampler": 0.3, "answer": 1.0}
+_DECODER = {"answer": 1.0}
 LOSS_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "see": {"tower": 1.0},
     "gather": {"tower": 0.5, "sampler": 1.0},
@@ -659,9 +660,9 @@ LOSS_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "polish": _TOGETHER,
     "finish": _TOGETHER,
     "compare": _TOGETHER,
-    "match": {"answer": 1.0},
-    "rematch": {"answer": 1.0},
-    "settle": {"answer": 1.0},
+    "match": _DECODER,
+    "rematch": _DECODER,
+    "settle": _DECODER,
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def picture(width: int = 40, height: int = 30, color: str = "red") -> Image.Imag
     return Image.new("RGB", (width, height), color)
 
 
-def params(limit: int = 12, **settings: object) -> SamplingParams:
-    return SamplingParams(max_new_tokens=limit, **settings)  # type: ignore[arg-type]
+def params(limit: int = 12, **settings: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=limit, **settings)
 
 
 def text(engine: Engine, request: Request) -> str:

@@ -180,9 +180,10 @@ class Engine:
         self.tokens = tokens
         self.config = model.config
         self.end_ids = frozenset(tokens.id(token) for token in self.config.text.stop_tokens)
-        budget = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
-        self._scheduler = Scheduler(model, self.end_ids, _fitting_slots(model, slots), budget)
-        self._tiles: Store[Tiles] = Store(min(budget, MAX_TILE_BYTES))
+        self.cache_bytes = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
+        slots = _fitting_slots(model, slots)
+        self._scheduler = Scheduler(model, self.end_ids, slots, self.cache_bytes)
+        self._tiles: Store[Tiles] = Store(min(self.cache_bytes, MAX_TILE_BYTES))
         self._tiles_lock = threading.Lock()
         # The thread knows the scheduler alone, so an engine that nobody holds ends its thread.
         weakref.finalize(self, self._scheduler.close, wait=False)

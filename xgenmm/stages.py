@@ -108,23 +108,26 @@ def in_process(engine: Engine, task: Task, records: Iterable[Record]) -> Iterato
     engines = [engine]
     if engine.model.device.type == "cpu" and is_small(engine.model):
         torch.set_num_threads(1)  # of each engine
-        further = min(cores, MAX_ENGINES) - 1
-        engines += [Engine(engine.model, engine.tokens, engine.slots) for _ in range(further)]
-    places: SimpleQueue[Engine] = SimpleQueue()
-    for place in QUEUED * engine.slots * engines:
-        places.put(place)
+        count = min(cores, MAX_ENGINES)
+        cache_bytes = engine.cache_bytes // count  # together no more than the first may take
+        engines += [
+            Engine(engine.model, engine.tokens, engine.slots, cache_bytes) for _ in range(count - 1)
+        ]
+    free: SimpleQueue[Engine] = SimpleQueue()  # an engine for each record that it may have in work
+    for each in QUEUED * engine.slots * engines:
+        free.put(each)
 
     def rows(record: Record) -> list[Row]:
         with reading:
             tiles = prepare(record, engine.config)
-        free = places.get()
+        chosen = free.get()
         try:
-            return answer(free, task, record, tiles)
+            return answer(chosen, task, record, tiles)
         finally:
-            places.put(free)
+            free.put(chosen)
 
     try:
-        yield from _in_threads(rows, records, places.qsize())
+        yield from _in_threads(rows, records, free.qsize())
     finally:
         torch.set_num_threads(threads)
         for other in engines[1:]:
