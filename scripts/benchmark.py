@@ -60,10 +60,11 @@ from xgenmm.generate import generate
 from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
 from xgenmm.parity import golden_model, golden_prompt
+from xgenmm.pool import SchedulerPool
 from xgenmm.prompts import Message, Prompt
 from xgenmm.quantize import KINDS, drift
 from xgenmm.sampling import SamplingParams
-from xgenmm.scheduler import Job, Scheduler, StopReason
+from xgenmm.scheduler import Job, StopReason
 from xgenmm.tiles import Tiles, tile_picture
 from xgenmm.tokens import Tokens
 
@@ -373,13 +374,14 @@ def run_golden(folder: Path, seed: int) -> list[Compared]:
                 )
             )
     rng.shuffle(planned)
-    scheduler = Scheduler(model, end_ids, slots=CLIENTS, cache_bytes=64 << 20)
+    pool = SchedulerPool(model, end_ids, slots=CLIENTS, cache_bytes=64 << 20)
     for *_, job, _ in planned:
-        scheduler.submit(job)
+        pool.submit(job)
     compared = [
         Compared(name, known, ids, collected.result()) for name, known, ids, _, collected in planned
     ]
-    scheduler.close()
+    pool.close()
+    pool.join()
     return compared
 
 
@@ -510,8 +512,10 @@ def run_soak(engine: Engine, requests: int, seed: int) -> Soaked:
                     unexpected.append(f"{visit.name}: {outcome}")
             memory.append(process.memory_info().rss)
     engine.close()
-    scheduler = engine._scheduler
-    leaked = scheduler.busy + len(set(range(scheduler.slots)) - set(scheduler._free))
+    leaked = sum(
+        scheduler.busy + len(set(range(scheduler.slots)) - set(scheduler._free))
+        for scheduler in engine._pool.schedulers
+    )
     settled = memory[len(memory) // 10 :]
     return Soaked(outcomes, unexpected, leaked, max(settled) / settled[0])
 

@@ -335,7 +335,7 @@ def test_a_second_run_does_what_is_missing(
     def never(*_: object) -> None:
         raise AssertionError("an engine for nothing to do")
 
-    monkeypatch.setattr("xgenmm.stages.load", never)
+    monkeypatch.setattr("xgenmm.stages.Task.load", never)
     assert caption(pictures, output, checkpoint) == 0
     assert {path.name: path.read_bytes() for path in output.iterdir()} == second
 

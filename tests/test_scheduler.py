@@ -19,6 +19,7 @@ from scripts.benchmark import direct as alone
 from tests import tiny
 from xgenmm import Answer, Engine, EngineError, InputError, Message, Request, SamplingParams
 from xgenmm import scheduler as scheduling
+from xgenmm.scheduler import Scheduler
 from xgenmm.tiles import tile_picture
 
 SLOTS = 6
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[0, 1], ids=["in step", "a step ahead"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     started = xgenmm.load(folder, slots=SLOTS, cache_bytes=1 << 24)
-    started._scheduler.ahead = request.param  # 1 is what a GPU does
+    scheduler(started).ahead = request.param  # 1 is what a GPU does
     yield started
     started.close()
     assert_all_free(started)
@@ -46,8 +47,13 @@ def forgetful(folder: Path) -> Iterator[Engine]:
     started.close()
 
 
+def scheduler(engine: Engine) -> Scheduler:
+    (only,) = engine._pool.schedulers
+    return only
+
+
 def assert_all_free(engine: Engine) -> None:
-    held = engine._scheduler
+    held = scheduler(engine)
     assert held.busy == 0
     assert sorted(held._free) == list(range(held.slots))
 
@@ -212,6 +218,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_steps(
 ) -> None:
     monkeypatch.setattr(scheduling, "CHUNK", 16)
     monkeypatch.setattr(scheduling, "TILES", 5)
+    monkeypatch.setattr(scheduler(engine), "_chunk", 16)
     long = asking("Which?", "red", "blue", "green", "black")
     expected = alone(engine, long)
     with recorded(engine.model, "features", "extend", "decode") as calls:
@@ -295,7 +302,7 @@ def test_never_a_wrong_hit(tmp_path: Path, version: str) -> None:
 
 def test_caches_keep_to_their_budget(folder: Path) -> None:
     small = xgenmm.load(folder, slots=2, cache_bytes=100_000)
-    held = small._scheduler
+    held = scheduler(small).caches
     for number in range(12):
         request = asking(f"Number {number}?", "red", limit=2)
         small.stream(Request(request.question, [picture(size=(40 + number, 30))])).cancel()
@@ -339,7 +346,7 @@ def test_many_choices_need_several_passes(engine: Engine, monkeypatch: pytest.Mo
     request = Request("What?", choices=tuple(f"word {i}" for i in range(40)))
     whole = engine.stream(request)
     text = whole.text()
-    monkeypatch.setattr(scheduling, "CHUNK", 20)
+    monkeypatch.setattr(scheduler(engine), "_chunk", 20)
     parts = engine.stream(request)
     assert parts.text() == text
     assert parts.usage.choices == pytest.approx(whole.usage.choices, abs=1e-6)
@@ -463,7 +470,7 @@ def test_close_finishes_what_runs_and_refuses_what_is_new(folder: Path) -> None:
         assert come.wait(60)
         thread = threading.Thread(target=closing.close)
         thread.start()
-        while not closing._scheduler._closed:
+        while not scheduler(closing)._closed:
             thread.join(0.001)
         with pytest.raises(EngineError, match="shut down"):
             closing.stream(asking())
@@ -491,11 +498,11 @@ def test_check_tells_a_stuck_engine(engine: Engine, monkeypatch: pytest.MonkeyPa
 
 def test_check_tells_a_dead_engine_and_nobody_waits_for_it(folder: Path) -> None:
     dying = xgenmm.load(folder, slots=2)
-    with failing(dying._scheduler, "_admit", SystemError("boom"), times=1):
+    with failing(scheduler(dying), "_admit", SystemError("boom"), times=1):
         answer = dying.stream(asking())
         with pytest.raises(EngineError, match=r"the engine stopped: SystemError\('boom'\)"):
             answer.text()
-        dying._scheduler._thread.join(60)
+        scheduler(dying)._thread.join(60)
     with pytest.raises(EngineError):
         dying.check()
     with pytest.raises(EngineError):
@@ -505,7 +512,7 @@ def test_check_tells_a_dead_engine_and_nobody_waits_for_it(folder: Path) -> None
 def test_an_engine_that_nobody_holds_ends_its_thread(folder: Path) -> None:
     short = xgenmm.load(folder, slots=1)
     short.stream(asking()).text()
-    thread = short._scheduler._thread
+    thread = scheduler(short)._thread
     del short
     gc.collect()
     thread.join(60)

@@ -2,10 +2,12 @@
 
 Both are least-recently-used stores with a budget in bytes, in the memory of the model's device.
 They belong to one engine, so to one checkpoint in one dtype; a key covers the rest: a picture's
-pixels and tiling, and a prompt's every position up to the last one that is reused.
+pixels and tiling, and a prompt's every position up to the last one that is reused. All of it may be
+used from several threads.
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from xgenmm.tiles import Tiles
 
 BLOCK = 32
 """Positions whose keys and values are kept and found together."""
+
+PICTURE_SHARE = 1 / 8
+"""Of the caches' budget: vision tokens are far smaller than keys and values."""
 
 
 class Sized(Protocol):
@@ -42,6 +47,7 @@ class Store(Generic[Item]):
         self.budget = budget
         self.used = 0
         self._held: OrderedDict[bytes, Item] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -51,24 +57,27 @@ class Store(Generic[Item]):
 
     def get(self, key: bytes) -> Item | None:
         """The item, which counts as used now, or None."""
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
 
     def put(self, key: bytes, item: Item) -> None:
         """Keep an item that is nobody else's view; one larger than the budget is not kept."""
-        if key in self._held or item.nbytes > self.budget:
-            return
-        self._held[key] = item
-        self.used += item.nbytes
-        while self.used > self.budget:
-            _, oldest = self._held.popitem(last=False)
-            self.used -= oldest.nbytes
+        with self._lock:
+            if key in self._held or item.nbytes > self.budget:
+                return
+            self._held[key] = item
+            self.used += item.nbytes
+            while self.used > self.budget:
+                _, oldest = self._held.popitem(last=False)
+                self.used -= oldest.nbytes
 
     def clear(self) -> None:
         """Forget everything."""
-        self._held.clear()
-        self.used = 0
+        with self._lock:
+            self._held.clear()
+            self.used = 0
 
 
 class PrefixCache:
@@ -103,6 +112,19 @@ class PrefixCache:
                 part = slice(number * BLOCK, (number + 1) * BLOCK)
                 both = (cache.keys[:, row, :, part], cache.values[:, row, :, part])
                 self.store.put(keys[number], torch.stack(both))
+
+
+class Caches:
+    """All that an engine keeps between requests, within `budget` bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.pictures: Store[torch.Tensor] = Store(int(budget * PICTURE_SHARE))
+        self.prefixes = PrefixCache(budget - self.pictures.budget)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.pictures.clear()
+        self.prefixes.store.clear()
 
 
 @dataclass(frozen=True)

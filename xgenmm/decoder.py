@@ -4,8 +4,10 @@ Plain PyTorch, the readable truth and the CPU path. Parameter names are those of
 checkpoints (`vlm.lang_model.*`). Knows nothing of pictures or text: embeddings in, logits out.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,9 +36,12 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> "KVCache":
-        """A cache for `rows` sequences of at most `positions` tokens."""
+        """A cache for `rows` sequences of at most `positions` tokens.
+
+        On a CPU what was never written to takes no memory yet.
+        """
         shape = (config.num_layers, rows, config.num_heads, positions, config.head_dim)
-        return cls(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+        return cls(*(_zeros(shape, device, dtype) for _ in range(2)))
 
     @property
     def positions(self) -> int:
@@ -51,6 +56,14 @@ class KVCache:
         target = slice(len(rows)) if into is None else into
         for tensor in (self.keys, self.values):
             tensor[:, target, :, :length] = tensor[:, rows, :, :length]
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    # PyTorch would write the zeros; NumPy asks the system for pages that are zero when first read.
+    empty = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(empty).view(dtype).view(shape)
 
 
 class AdditionalEmbedding(nn.Embedding):

@@ -1,7 +1,7 @@
 """Requests in, streamed text out: checks, prompt, text of the tokens, stopping.
 
 Knows nothing of Cog or HTTP. `load` makes an engine of a checkpoint; the work itself is done by
-the thread of `scheduler.py`, for many requests at once.
+the threads of `scheduler.py`, for many requests at once.
 """
 
 import asyncio
@@ -32,10 +32,11 @@ from xgenmm.fast import MAX_ROWS, compile_kernels
 from xgenmm.images import read_picture
 from xgenmm.linear import use_onednn
 from xgenmm.model import XGenMM
+from xgenmm.pool import SchedulerPool
 from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, request_prompt
 from xgenmm.quantize import check_kind
 from xgenmm.sampling import SamplingParams, StopText
-from xgenmm.scheduler import Job, Scheduler, StopReason, Usage
+from xgenmm.scheduler import CHUNK, Job, StopReason, Usage
 from xgenmm.tiles import Tiles, tile_picture
 from xgenmm.tokens import Control, Tokens
 
@@ -175,23 +176,22 @@ class Engine:
         tokens: Tokens,
         slots: int = MAX_SLOTS,
         cache_bytes: int | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokens = tokens
         self.config = model.config
         self.end_ids = frozenset(tokens.id(token) for token in self.config.text.stop_tokens)
-        self.cache_bytes = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
-        slots = _fitting_slots(model, slots)
-        self._scheduler = Scheduler(model, self.end_ids, slots, self.cache_bytes)
-        self._tiles: Store[Tiles] = Store(min(self.cache_bytes, MAX_TILE_BYTES))
-        self._tiles_lock = threading.Lock()
-        # The thread knows the scheduler alone, so an engine that nobody holds ends its thread.
-        weakref.finalize(self, self._scheduler.close, wait=False)
+        budget = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
+        self._pool = SchedulerPool(model, self.end_ids, _fitting_slots(model, slots), budget, chunk)
+        self._tiles: Store[Tiles] = Store(min(budget, MAX_TILE_BYTES))
+        # Threads know their pool alone, so an engine that nobody holds ends its threads.
+        weakref.finalize(self, self._pool.close)
 
     @property
     def slots(self) -> int:
         """How many requests are answered at once."""
-        return self._scheduler.slots
+        return self._pool.slots
 
     def tiles(self, picture: bytes | Image.Image | Tiles, name: str = "image") -> Tiles:
         """A picture in tiles, for a request. May be called from any thread.
@@ -206,12 +206,10 @@ class Engine:
         if isinstance(picture, Image.Image):
             return tile_picture(picture, self.config.tiling, self.config.vision.image_size)
         key = hashlib.sha256(picture).digest()
-        with self._tiles_lock:
-            tiles = self._tiles.get(key)
+        tiles = self._tiles.get(key)
         if tiles is None:
             tiles = self.tiles(read_picture(picture, name))
-            with self._tiles_lock:
-                self._tiles.put(key, tiles)
+            self._tiles.put(key, tiles)
         return tiles
 
     def stream(self, request: Request) -> Answer:
@@ -246,7 +244,7 @@ class Engine:
             started=started,
             deadline=started + (float("inf") if request.timeout is None else request.timeout),
         )
-        self._scheduler.submit(job)
+        self._pool.submit(job)
         return answer
 
     def warm_up(self) -> None:
@@ -256,11 +254,12 @@ class Engine:
 
     def check(self) -> None:
         """Raise EngineError if the engine is dead or stuck; cheap, from any thread."""
-        self._scheduler.check()
+        self._pool.check()
 
     def close(self) -> None:
-        """Refuse new requests, let the accepted ones finish, and stop the engine's thread."""
-        self._scheduler.close()
+        """Refuse new requests, let the accepted ones finish, and stop the engine's threads."""
+        self._pool.close()
+        self._pool.join()
 
     def prompt(self, request: Request) -> Prompt:
         """The request's prompt; an empty question asks for a description of its pictures."""
@@ -346,6 +345,7 @@ def load(
     slots: int = MAX_SLOTS,
     cache_bytes: int | None = None,
     quantize: str | None = None,
+    chunk: int = CHUNK,
 ) -> Engine:
     """An engine for a released name, `demo`, or a checkpoint folder.
 
@@ -358,6 +358,8 @@ def load(
         cache_bytes: memory for what is kept of pictures and prompts between requests; by default
             an eighth of what is free, at most 4 GB.
         quantize: `int8` or `fp8` for the weights of the decoder's layers; by default neither.
+        chunk: prompt positions that are prefilled between two decode steps: fewer keep streams
+            even, more get more done.
 
     Raises:
         CheckpointError: not on this disk, or broken; the message says what to type.
@@ -386,7 +388,7 @@ def load(
             compiled.result()
     if where.type == "cpu" and kind == torch.float32:
         use_onednn(model)
-    engine = Engine(model, tokens, slots, cache_bytes)
+    engine = Engine(model, tokens, slots, cache_bytes, chunk)
     seconds = time.monotonic() - started
     logger.info(
         "%s: ready on %s in %s with %d slots after %.1f s",
@@ -417,7 +419,7 @@ def _fitting_slots(model: XGenMM, wanted: int) -> int:
     slot = position * (decoder.max_positions + 1)
     fit = min(MAX_ROWS, max(1, _free_memory(model.device) // 2 // slot))
     if fit < wanted:
-        logger.warning(
+        logger.info(
             "%d slots of %.1f GB fit a step and half of the free memory, not %d: others wait",
             fit, slot / 1e9, wanted,
         )  # fmt: skip

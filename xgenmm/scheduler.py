@@ -1,9 +1,9 @@
 """Continuous batching: many requests decode together over one static key/value cache.
 
-Prompts and pictures in, token ids out; knows nothing of text, Cog or HTTP. One thread owns the
-model. Between two decode steps, which serve all running streams at once, it takes in new jobs and
-does one piece of other work: a batch of tiles through the encoder, or at most `CHUNK` positions of
-waiting prompts. So no stream ever waits for more than that.
+Prompts and pictures in, token ids out; knows nothing of text, Cog or HTTP. One thread does all work
+of a scheduler. Between two decode steps, which serve all running streams at once, it takes in new
+jobs and does one piece of other work: a batch of tiles through the encoder, or at most a chunk of
+positions of waiting prompts. So no stream ever waits for more than that.
 
 A job owns one row of the cache, a slot (`num_beams` of them if it searches), from its admission to
 its end. A row's next token goes to `Slots.position`, also in rows that are still being prefilled
@@ -27,7 +27,7 @@ from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 
-from xgenmm.caches import BLOCK, PrefixCache, PromptKeys, Store
+from xgenmm.caches import BLOCK, Caches, PromptKeys
 from xgenmm.constraints import Constraint
 from xgenmm.errors import EngineError, InputError
 from xgenmm.fast import fast_decode
@@ -43,13 +43,10 @@ CHUNK = 512
 """Prompt positions, padding included, that are prefilled between two decode steps."""
 
 TILES = 6
-"""Tiles encoded between two decode steps: for the released models about the work of a chunk."""
+"""Tiles whose encoding is for the released models about the work of `CHUNK` positions."""
 
 TILES_ALONE = 32
 """Tiles encoded at once while nobody is being answered."""
-
-PICTURE_SHARE = 1 / 8
-"""Of the caches' budget: vision tokens are far smaller than keys and values."""
 
 STUCK = 300.0
 """Seconds without a step after which a busy engine counts as stuck."""
@@ -182,11 +179,33 @@ def is_small(model: XGenMM) -> bool:
 
 
 class Scheduler:
-    """The thread that owns the model, its cache's slots, and what is kept between requests."""
+    """The thread that answers requests, and the slots it answers them in.
 
-    def __init__(self, model: XGenMM, end_ids: Collection[int], slots: int, cache_bytes: int):
+    Args:
+        model: may serve further schedulers.
+        end_ids: the tokens that end a beam.
+        slots: rows of the key/value cache.
+        caches: what is kept between requests; may serve further schedulers.
+        chunk: prompt positions, padding included, that are prefilled between two decode steps.
+        threads: how many of PyTorch's threads the next piece of work may take.
+        name: of the thread, for the log.
+    """
+
+    def __init__(
+        self,
+        model: XGenMM,
+        end_ids: Collection[int],
+        slots: int,
+        caches: Caches,
+        chunk: int,
+        threads: Callable[[], int],
+        name: str,
+    ) -> None:
         self.model = model
         self.slots = slots
+        self.caches = caches
+        self._chunk = chunk
+        self._threads = threads
         self._end_ids = frozenset(end_ids)
         decoder = model.config.decoder
         # One index more than the context: where padding goes that would pass the end.
@@ -197,15 +216,14 @@ class Scheduler:
         vocab = decoder.initial_vocab + decoder.additional_tokens
         self._slots = Slots(slots, vocab, model.device)
         self._free = list(range(slots))
-        self.pictures: Store[torch.Tensor] = Store(int(cache_bytes * PICTURE_SHARE))
-        self.prefixes = PrefixCache(cache_bytes - self.pictures.budget)
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()  # accepted and not ended
         self._closed = False
+        self._abandoned = False
         self._failure: BaseException | None = None
         self._beat = time.monotonic()
         self._since = time.monotonic()
@@ -234,13 +252,20 @@ class Scheduler:
         if silent > STUCK and self._jobs:
             raise EngineError(f"the engine has made no step for {silent:.0f} s; restart it")
 
-    def close(self, *, wait: bool = True) -> None:
-        """Refuse new jobs; stop the thread, and return, when the accepted ones have ended."""
+    def close(self, *, finish: bool = True) -> None:
+        """Refuse new jobs; the thread stops when the accepted ones have ended.
+
+        finish: otherwise they are cancelled.
+        """
         with self._lock:
             self._closed = True
+            self._abandoned |= not finish
             self._inbox.put(None)
-        if wait and self._thread.ident is not None:
-            self._thread.join()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait, at most `timeout` seconds, until the thread has stopped."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
 
     @property
     def busy(self) -> int:
@@ -251,10 +276,11 @@ class Scheduler:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        threads = torch.get_num_threads()
-        step_threads = 1 if is_small(self.model) else threads
+        small = is_small(self.model)
         try:
             while self._receive():
+                threads = self._threads()
+                torch.set_num_threads(threads)
                 self._drop()
                 self._admit()
                 oldest = next((job for job in self._running if not job.decoding), None)
@@ -262,9 +288,8 @@ class Scheduler:
                     self._encode()
                 elif oldest is not None:
                     self._prefill()
-                torch.set_num_threads(step_threads)
+                torch.set_num_threads(1 if small else threads)
                 self._decode()
-                torch.set_num_threads(threads)
                 self._summarise()
         except BaseException as error:
             log.exception("the engine stops")
@@ -293,7 +318,7 @@ class Scheduler:
         """End the jobs that nobody waits for any more, or not any longer."""
         self._beat = now = time.monotonic()
         for job in [*self._running, *self._waiting]:
-            if job.receiver.cancelled:
+            if job.receiver.cancelled or self._abandoned:
                 self._end(job, "cancelled")
             elif now > job.deadline:
                 self._end(job, "timeout")
@@ -312,7 +337,7 @@ class Scheduler:
         job.usage.queue_time = job.admitted - job.started
         # At least one position is left to compute: the logits after it are wanted.
         known = job.keys.blocks[: (job.total - 1) // BLOCK]
-        job.length = job.usage.cached_tokens = self.prefixes.restore(
+        job.length = job.usage.cached_tokens = self.caches.prefixes.restore(
             known, self._cache, job.rows[0]
         )
         for row in job.rows:
@@ -320,7 +345,7 @@ class Scheduler:
         if job.slots > 1:
             job.search = BeamSearch(job.slots, self._end_ids, job.limit)
         for number in job.missing:
-            held = self.pictures.get(job.keys.pictures[number])
+            held = self.caches.pictures.get(job.keys.pictures[number])
             if held is not None:
                 job.encoded[number] = held
         self._counts["prompt positions"] += job.total
@@ -328,7 +353,9 @@ class Scheduler:
 
     def _encode(self) -> None:
         """Encode the pictures that are waited for longest, of several jobs at once."""
-        room = TILES if any(job.decoding for job in self._running) else TILES_ALONE
+        room = self._chunk * TILES // CHUNK
+        if not any(job.decoding for job in self._running):
+            room = max(room, TILES_ALONE)
         waited: dict[bytes, list[tuple[Job, int]]] = {}
         chosen: dict[bytes, Tiles] = {}
         for job in self._running:
@@ -354,7 +381,7 @@ class Scheduler:
             return
         for key, tensor in zip(chosen, encoded, strict=True):
             kept = tensor.clone()  # of its own, not a view of the whole batch
-            self.pictures.put(key, kept)
+            self.caches.pictures.put(key, kept)
             for job, number in waited[key]:
                 job.encoded[number] = kept
         self._counts["tiles"] += sum(picture.pixels.shape[0] for picture in chosen.values())
@@ -370,9 +397,9 @@ class Scheduler:
                 self._try([job], partial(self._fuse, job))
             if job.embeds is None:
                 continue
-            part = job.embeds[job.length : job.length + CHUNK]
+            part = job.embeds[job.length : job.length + self._chunk]
             longest = max(longest, len(part))
-            if batch and (len(batch) + 1) * longest > CHUNK:
+            if batch and (len(batch) + 1) * longest > self._chunk:
                 break
             batch.append((job, part))
         if not batch:
@@ -434,7 +461,7 @@ class Scheduler:
         """Score the choices against each other; all of them share the prompt's prefill."""
         first = logits[0].log_softmax(-1)
         scores = [first[choice[0]] for choice in job.choices]
-        room = min(CHUNK, self.model.config.decoder.max_positions - job.length)
+        room = min(self._chunk, self.model.config.decoder.max_positions - job.length)
         pending = deque(enumerate(job.choices))
         while pending:
             group: list[tuple[int, Sequence[int]]] = []
@@ -565,7 +592,7 @@ class Scheduler:
     def _remember(self, job: Job) -> None:
         """Keep the keys and values of the prompt, and of the answer once there is one."""
         keys = job.keys.continued(job.made)[: job.length // BLOCK]
-        self.prefixes.save(keys, self._cache, job.rows[0])
+        self.caches.prefixes.save(keys, self._cache, job.rows[0])
 
     def _end(self, job: Job, reason: StopReason, error: Exception | None = None) -> None:
         """Free all that the job holds and tell who asked, once."""
@@ -603,8 +630,7 @@ class Scheduler:
                 if not _out_of_memory(error):
                     raise
                 log.warning("out of memory: dropping the caches and trying once more")
-            self.pictures.clear()
-            self.prefixes.store.clear()
+            self.caches.clear()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             return work()
@@ -624,8 +650,9 @@ class Scheduler:
         counts = self._counts
         ended = {reason: counts[reason] for reason in get_args(StopReason) if counts[reason]}
         log.info(
-            "%.0f s: %s; %d running, %d waiting; %.1f tokens/s, %.1f requests a step; "
+            "%s, %.0f s: %s; %d running, %d waiting; %.1f tokens/s, %.1f requests a step; "
             "%d tiles encoded, %d of %d prompt positions from the cache",
+            self._thread.name,
             seconds,
             ", ".join(f"{count} {reason}" for reason, count in ended.items()) or "none ended",
             len(self._running),

@@ -1,8 +1,9 @@
 """One stage for a dataset: records in, rows of answers out, in any order.
 
-`in_process` keeps its engines' batches full. `with_ray` runs the same as a Ray Data pipeline: CPU
+`in_process` keeps an engine's batches full. `with_ray` runs the same as a Ray Data pipeline: CPU
 tasks read the pictures and cut them into tiles, apart from the actors, which have an engine each.
-A record's rows are the same either way, whatever is answered beside it.
+A record's rows are the same either way, whatever is answered beside it. The engine is imported
+where it is needed: to a process that only reads, it would be seconds of loading libraries.
 """
 
 import json
@@ -13,29 +14,35 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from queue import SimpleQueue
 from threading import BoundedSemaphore
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from xgenmm.checkpoint import read_config, resolve
 from xgenmm.config import XGenMMConfig
 from xgenmm.datasets import Record, Row, read_record
-from xgenmm.engine import Engine, Request, favour_model_thread, load
 from xgenmm.errors import InputError
 from xgenmm.sampling import SamplingParams
-from xgenmm.scheduler import is_small
 from xgenmm.tiles import Tiles, tile_picture
 
-QUEUED = 4
+if TYPE_CHECKING:
+    from xgenmm.engine import Engine
+
+SLOTS = 32
+"""Of an engine, where they fit."""
+
+QUEUED = 2
 """Records in work for each slot of an engine: some are read while others are answered."""
 
-MAX_ENGINES = 8
-"""Engines that one process drives at most: they take turns at the interpreter."""
+CHUNK = 2048
+"""Prompt positions between two decode steps: nobody watches a stream, so slots are filled first."""
 
 BLOCK = 32
 """Records that Ray reads, and hands to an engine, at a time."""
+
+IN_FLIGHT = QUEUED * SLOTS // BLOCK
+"""Blocks at an actor."""
 
 Item = TypeVar("Item")
 
@@ -51,10 +58,19 @@ class Task:
     system_prompt: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
-    def load(self) -> Engine:
+    def load(self) -> "Engine":
         """An engine in a process of its own. Raises as `xgenmm.load` does."""
+        from xgenmm.engine import favour_model_thread, load
+
         favour_model_thread()
-        return load(self.model, self.device, self.dtype, quantize=self.quantize)
+        return load(
+            self.model,
+            self.device,
+            self.dtype,
+            slots=SLOTS,
+            quantize=self.quantize,
+            chunk=CHUNK,
+        )
 
 
 def prepare(record: Record, config: XGenMMConfig) -> Tiles | str:
@@ -67,7 +83,7 @@ def prepare(record: Record, config: XGenMMConfig) -> Tiles | str:
         return str(error)
 
 
-def answer(engine: Engine, task: Task, record: Record, tiles: Tiles | str) -> list[Row]:
+def answer(engine: "Engine", task: Task, record: Record, tiles: Tiles | str) -> list[Row]:
     """A row for each question of a record; one that cannot be answered says why.
 
     Raises EngineError if it is not the record's fault.
@@ -75,7 +91,9 @@ def answer(engine: Engine, task: Task, record: Record, tiles: Tiles | str) -> li
     return [_answer(engine, task, record, tiles, question) for question in record.questions]
 
 
-def _answer(engine: Engine, task: Task, record: Record, tiles: Tiles | str, question: str) -> Row:
+def _answer(engine: "Engine", task: Task, record: Record, tiles: Tiles | str, question: str) -> Row:
+    from xgenmm.engine import Request
+
     if isinstance(tiles, str):
         return Row(record.id, record.image, question, error=tiles)
     request = Request(question, [tiles], task.system_prompt, sampling=task.sampling)
@@ -97,41 +115,16 @@ def _answer(engine: Engine, task: Task, record: Record, tiles: Tiles | str, ques
     )
 
 
-def in_process(engine: Engine, task: Task, records: Iterable[Record]) -> Iterator[list[Row]]:
-    """The rows of each record, as they are done.
-
-    A small model on a CPU is driven by an engine a core: they share its weights, and no operation
-    waits for a core that is busy with something else.
-    """
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    reading = BoundedSemaphore(2 * cores)  # large pictures, decoded, are large
-    engines = [engine]
-    if engine.model.device.type == "cpu" and is_small(engine.model):
-        torch.set_num_threads(1)  # of each engine
-        count = min(cores, MAX_ENGINES)
-        cache_bytes = engine.cache_bytes // count  # together no more than the first may take
-        engines += [
-            Engine(engine.model, engine.tokens, engine.slots, cache_bytes) for _ in range(count - 1)
-        ]
-    free: SimpleQueue[Engine] = SimpleQueue()  # an engine for each record that it may have in work
-    for each in QUEUED * engine.slots * engines:
-        free.put(each)
+def in_process(engine: "Engine", task: Task, records: Iterable[Record]) -> Iterator[list[Row]]:
+    """The rows of each record, as they are done."""
+    reading = BoundedSemaphore(2 * (os.cpu_count() or 1))  # large pictures, decoded, are large
 
     def rows(record: Record) -> list[Row]:
         with reading:
             tiles = prepare(record, engine.config)
-        chosen = free.get()
-        try:
-            return answer(chosen, task, record, tiles)
-        finally:
-            free.put(chosen)
+        return answer(engine, task, record, tiles)
 
-    try:
-        yield from _in_threads(rows, records, free.qsize())
-    finally:
-        torch.set_num_threads(threads)
-        for other in engines[1:]:
-            other.close()
+    return _in_threads(rows, records, QUEUED * engine.slots)
 
 
 def _in_threads(
@@ -175,8 +168,9 @@ def with_ray(
             model=str(resolve(task.model).absolute()),
             device="cuda" if on_gpu else "cpu",  # of its GPUs, a machine shows an actor one
         )
+        items = [{"record": json.dumps(asdict(record))} for record in records]
         results = (
-            ray.data.from_arrow(list(_blocks(records)))
+            ray.data.from_items(items, override_num_blocks=-(-len(items) // BLOCK))
             .map_batches(
                 _read_block,
                 fn_args=[task],
@@ -193,8 +187,8 @@ def with_ray(
                 compute=ray.data.ActorPoolStrategy(
                     size=actors,
                     # Several blocks at once, so that the end of one leaves no slot empty.
-                    max_concurrent_calls_per_actor=QUEUED,
-                    max_tasks_in_flight_per_actor=QUEUED,
+                    max_concurrent_calls_per_actor=IN_FLIGHT,
+                    max_tasks_in_flight_per_actor=IN_FLIGHT,
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=0 if on_gpu else 1,
@@ -243,15 +237,6 @@ def _ray(address: str) -> Any:
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
-
-
-def _blocks(records: Iterable[Record]) -> Iterator[Any]:
-    """Arrow tables of `BLOCK` records, each record as JSON."""
-    import pyarrow
-
-    remaining = iter(records)
-    while block := [json.dumps(asdict(record)) for record in islice(remaining, BLOCK)]:
-        yield pyarrow.table({"record": block})
 
 
 def _read_block(block: Any, task: Task) -> Any:
