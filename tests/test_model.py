@@ -112,6 +112,17 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden: XGenMM) -> None:
     assert torch.stack(found, dim=1).tolist() == expected
 
 
+@pytest.mark.parametrize("room", [0, 1, 3, 100])
+def test_a_part_is_padded_as_far_as_the_cache_has_room(golden: XGenMM, room: int) -> None:
+    torch.manual_seed(3)
+    embeds = torch.randn(13, golden.config.decoder.hidden_size)
+    expected = golden.prefill([embeds], golden.cache(1, 16))
+    cache = golden.cache(2, len(embeds) + room)
+    golden.extend([embeds[:9]], [0], [1], cache)
+    logits = golden.extend([embeds[9:]], [9], [1], cache)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_row_left_in_the_cache_is_not_seen_by_the_next(golden: XGenMM) -> None:
     torch.manual_seed(7)
     prompt = torch.randn(9, 64)

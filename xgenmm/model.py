@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from xgenmm.config import XGenMMConfig
@@ -15,6 +16,14 @@ from xgenmm.prompts import Prompt
 from xgenmm.sampler import PerceiverResampler
 from xgenmm.tiles import Tiles, normalise, padding_mask, regroup
 from xgenmm.vision import build_tower
+
+
+def padded(length: int) -> int:
+    """Up to how many positions a part of a prompt is padded, where they fit the cache.
+
+    A library makes and keeps a kernel for every shape, so there are to be few.
+    """
+    return -(-length // 8) * 8
 
 
 class _VLM(nn.Module):
@@ -87,9 +96,11 @@ class XGenMM(nn.Module):
         device = self.device
         lengths = [part.shape[0] for part in parts]
         embeds = pad_sequence(list(parts), batch_first=True)
-        count, longest = embeds.shape[:2]
+        longest = max(lengths)
+        taken = max(longest, min(padded(longest), cache.positions - max(starts)))
+        embeds = F.pad(embeds, (0, 0, 0, taken - longest))
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
-            longest, device=device
+            taken, device=device
         )
         hidden = self.decoder(
             embeds,
@@ -100,7 +111,7 @@ class XGenMM(nn.Module):
             start=starts[0] if len(set(starts)) == 1 else None,
         )
         last = torch.tensor(lengths, device=device) - 1
-        return self.logits(hidden[torch.arange(count, device=device), last])
+        return self.logits(hidden[torch.arange(len(parts), device=device), last])
 
     @torch.inference_mode()
     def branches(

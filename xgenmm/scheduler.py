@@ -31,7 +31,7 @@ from xgenmm.caches import BLOCK, Caches, PromptKeys
 from xgenmm.constraints import Constraint
 from xgenmm.errors import EngineError, InputError
 from xgenmm.fast import fast_decode
-from xgenmm.model import XGenMM
+from xgenmm.model import XGenMM, padded
 from xgenmm.prompts import Prompt
 from xgenmm.sampling import BeamSearch, SamplingParams
 from xgenmm.slots import Slots
@@ -398,7 +398,7 @@ class Scheduler:
             if job.embeds is None:
                 continue
             part = job.embeds[job.length : job.length + self._chunk]
-            longest = max(longest, len(part))
+            longest = max(longest, padded(len(part)))
             if batch and (len(batch) + 1) * longest > self._chunk:
                 break
             batch.append((job, part))
