@@ -35,10 +35,9 @@ import xgenmm
 from xgenmm.engine import Engine, Request, favour_model_thread
 from xgenmm.errors import InputError
 from xgenmm.prompts import parse_messages
-from xgenmm.sampling import SamplingParams
+from xgenmm.sampling import MOST_BEAMS, SamplingParams
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
-MOST_BEAMS = 8  # of one prediction, each of which takes a slot
 
 Number = TypeVar("Number", int, float)
 

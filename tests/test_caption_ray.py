@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from scripts.local_server import ROOT
 from tests import tiny
 from tests.test_caption import NEW_TOKENS, caption, draw, key_sorted, rows_of
 from xgenmm import InputError, SamplingParams, stages
-from xgenmm.datasets import Record, Shards, open_shards, read_records
+from xgenmm.datasets import open_shards, read_records
 from xgenmm.stages import Task, with_ray
 
 QUESTION = "What is it?"
@@ -42,10 +41,6 @@ def kill_one(kind: str, over: threading.Event) -> bool:
             process.kill()
             return True
     return False
-
-
-def missing(shards: Shards, pictures: Path) -> Iterator[Record]:
-    return shards.missing(read_records(str(pictures), [QUESTION], "image"))
 
 
 @pytest.mark.timeout(1500)
@@ -76,16 +71,16 @@ def test_actors_and_workers_and_the_program_may_die(
     settings = json.loads((output / "_settings.json").read_text())
     task = Task(str(checkpoint), sampling=SamplingParams(max_new_tokens=NEW_TOKENS))
     over = threading.Event()
-    with (
-        open_shards(output, "jsonl", 4, settings) as shards,
-        ThreadPoolExecutor(1) as aside,
-    ):
+    with open_shards(output, "jsonl", 4, settings) as shards, ThreadPoolExecutor(1) as aside:
+        missing = shards.missing(read_records(str(pictures), [QUESTION], "image"))
         reader = aside.submit(kill_one, "_read_block", over)
         actor = None
-        for rows in with_ray(task, missing(shards, pictures), "local", actors=2):
-            shards.add(rows)
-            actor = actor or kill_one("_EngineActor", over)
-        over.set()
+        try:
+            for rows in with_ray(task, missing, "local", actors=2):
+                shards.add(rows)
+                actor = actor or kill_one("_EngineActor", over)
+        finally:
+            over.set()  # or the thread would be waited for without end
         assert (reader.result(), actor) == (True, True)
     assert key_sorted(rows_of(output)) == key_sorted(rows_of(alone))
 

@@ -9,11 +9,11 @@ from typing import cast
 
 import pytest
 import torch
-from PIL import Image
 
 import xgenmm
 from scripts.benchmark import direct as alone
 from tests import tiny
+from tests.test_scheduler import asking, assert_all_free
 from xgenmm import Engine, Request, SamplingParams
 from xgenmm.scheduler import Job, Scheduler
 
@@ -33,14 +33,7 @@ def engine(two_cores: None, tmp_path: Path) -> Iterator[Engine]:
     started = xgenmm.load(tiny.checkpoint(tmp_path), device="cpu", slots=17, cache_bytes=1 << 24)
     yield started
     started.close()
-    for scheduler in started._pool.schedulers:
-        assert scheduler.busy == 0
-        assert sorted(scheduler._free) == list(range(scheduler.slots))
-
-
-def asking(question: str, color: str, limit: int = 12) -> Request:
-    shown = Image.new("RGB", (40, 30), color)
-    return Request(question, [shown], sampling=SamplingParams(max_new_tokens=limit))
+    assert_all_free(started)
 
 
 @contextmanager

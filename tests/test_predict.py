@@ -15,8 +15,9 @@ import pytest
 from cog import CancelationException
 
 import xgenmm
-from predict import MOST_BEAMS, Predictor
+from predict import Predictor
 from xgenmm.errors import EngineError, InputError
+from xgenmm.sampling import MOST_BEAMS
 
 WAIT = 10.0
 INPUTS: dict[str, Any] = {

@@ -53,9 +53,9 @@ def scheduler(engine: Engine) -> Scheduler:
 
 
 def assert_all_free(engine: Engine) -> None:
-    held = scheduler(engine)
-    assert held.busy == 0
-    assert sorted(held._free) == list(range(held.slots))
+    for held in engine._pool.schedulers:
+        assert held.busy == 0
+        assert sorted(held._free) == list(range(held.slots))
 
 
 def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> Image.Image:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from xgenmm.config import XGenMMConfig
 from xgenmm.decoder import KVCache, Phi3Decoder
@@ -95,10 +94,9 @@ class XGenMM(nn.Module):
         """
         device = self.device
         lengths = [part.shape[0] for part in parts]
-        embeds = pad_sequence(list(parts), batch_first=True)
         longest = max(lengths)
         taken = max(longest, min(padded(longest), cache.positions - max(starts)))
-        embeds = F.pad(embeds, (0, 0, 0, taken - longest))
+        embeds = torch.stack([F.pad(part, (0, 0, 0, taken - len(part))) for part in parts])
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
             taken, device=device
         )

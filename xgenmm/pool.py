@@ -13,11 +13,8 @@ import torch
 
 from xgenmm.caches import Caches
 from xgenmm.model import XGenMM
-from xgenmm.sampling import LIMITS
+from xgenmm.sampling import MOST_BEAMS
 from xgenmm.scheduler import CHUNK, Job, Scheduler, is_small
-
-LEAST_SLOTS = int(LIMITS["num_beams"][1])
-"""Of a scheduler that is not the only one: a search fits each."""
 
 EXIT_SECONDS = 10.0
 """For the piece of work that is under way when the interpreter ends."""
@@ -57,7 +54,8 @@ class SchedulerPool:
         self._cores = torch.get_num_threads()
         count = 1
         if model.device.type == "cpu" and is_small(model):
-            count = max(1, min(self._cores, slots // LEAST_SLOTS))
+            # Every search fits each of them.
+            count = max(1, min(self._cores, slots // MOST_BEAMS))
         self.schedulers = [
             Scheduler(
                 model,

@@ -26,12 +26,15 @@ from torch import Tensor
 
 from xgenmm.errors import InputError
 
+MOST_BEAMS = 8
+"""Of one request, each of which takes a slot."""
+
 LIMITS: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, 2048),
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
     "top_k": (0, 100_000),
-    "num_beams": (1, 8),
+    "num_beams": (1, MOST_BEAMS),
     "repetition_penalty": (0.5, 3.0),
     "seed": (0, 2**63 - 1),
 }
