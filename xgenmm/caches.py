@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -92,14 +91,14 @@ class PrefixCache:
 
     def restore(self, keys: Sequence[bytes], cache: KVCache, row: int) -> int:
         """Fill the front of a row with the blocks that are held; returns how many positions."""
-        found = (self.store.get(key) for key in keys)
-        blocks = [block for block in takewhile(lambda b: b is not None, found) if block is not None]
-        if not blocks:
-            return 0
-        joined = torch.cat(blocks, dim=3)  # [2, layers, heads, positions, head_dim]
-        length = joined.shape[3]
-        cache.keys[:, row, :, :length] = joined[0]
-        cache.values[:, row, :, :length] = joined[1]
+        length = 0
+        for key in keys:
+            block = self.store.get(key)  # [2, layers, heads, BLOCK, head_dim]
+            if block is None:
+                break
+            part = slice(length, length + BLOCK)
+            cache.keys[:, row, :, part], cache.values[:, row, :, part] = block
+            length += BLOCK
         return length
 
     def save(self, keys: Sequence[bytes], cache: KVCache, row: int) -> None:

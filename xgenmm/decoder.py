@@ -5,9 +5,9 @@ checkpoints (`vlm.lang_model.*`). Knows nothing of pictures or text: embeddings 
 """
 
 import math
+import mmap
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -61,9 +61,9 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    # PyTorch would write the zeros; NumPy asks the system for pages that are zero when first read.
-    empty = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(empty).view(dtype).view(shape)
+    # PyTorch would write the zeros, and NumPy ask for huge pages, of which a short row needs many.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class AdditionalEmbedding(nn.Embedding):
