@@ -218,7 +218,6 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_steps(
 ) -> None:
     monkeypatch.setattr(scheduling, "CHUNK", 16)
     monkeypatch.setattr(scheduling, "TILES", 5)
-    monkeypatch.setattr(scheduler(engine), "_chunk", 16)
     long = asking("Which?", "red", "blue", "green", "black")
     expected = alone(engine, long)
     with recorded(engine.model, "features", "extend", "decode") as calls:
@@ -346,7 +345,7 @@ def test_many_choices_need_several_passes(engine: Engine, monkeypatch: pytest.Mo
     request = Request("What?", choices=tuple(f"word {i}" for i in range(40)))
     whole = engine.stream(request)
     text = whole.text()
-    monkeypatch.setattr(scheduler(engine), "_chunk", 20)
+    monkeypatch.setattr(scheduling, "CHUNK", 20)
     parts = engine.stream(request)
     assert parts.text() == text
     assert parts.usage.choices == pytest.approx(whole.usage.choices, abs=1e-6)

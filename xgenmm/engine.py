@@ -36,7 +36,7 @@ from xgenmm.pool import SchedulerPool
 from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, request_prompt
 from xgenmm.quantize import check_kind
 from xgenmm.sampling import SamplingParams, StopText
-from xgenmm.scheduler import CHUNK, Job, StopReason, Usage
+from xgenmm.scheduler import Job, StopReason, Usage
 from xgenmm.tiles import Tiles, tile_picture
 from xgenmm.tokens import Control, Tokens
 
@@ -176,14 +176,15 @@ class Engine:
         tokens: Tokens,
         slots: int = MAX_SLOTS,
         cache_bytes: int | None = None,
-        chunk: int = CHUNK,
+        pieces: int = 1,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokens = tokens
         self.config = model.config
         self.end_ids = frozenset(tokens.id(token) for token in self.config.text.stop_tokens)
         budget = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
-        self._pool = SchedulerPool(model, self.end_ids, _fitting_slots(model, slots), budget, chunk)
+        fitting = _fitting_slots(model, slots)
+        self._pool = SchedulerPool(model, self.end_ids, fitting, budget, pieces)
         self._tiles: Store[Tiles] = Store(min(budget, MAX_TILE_BYTES))
         # Threads know their pool alone, so an engine that nobody holds ends its threads.
         weakref.finalize(self, self._pool.close)
@@ -345,7 +346,7 @@ def load(
     slots: int = MAX_SLOTS,
     cache_bytes: int | None = None,
     quantize: str | None = None,
-    chunk: int = CHUNK,
+    pieces: int = 1,
 ) -> Engine:
     """An engine for a released name, `demo`, or a checkpoint folder.
 
@@ -358,7 +359,7 @@ def load(
         cache_bytes: memory for what is kept of pictures and prompts between requests; by default
             an eighth of what is free, at most 4 GB.
         quantize: `int8` or `fp8` for the weights of the decoder's layers; by default neither.
-        chunk: prompt positions that are prefilled between two decode steps: fewer keep streams
+        pieces: of encoding and prefill that are done between two decode steps: one keeps streams
             even, more get more done.
 
     Raises:
@@ -388,7 +389,7 @@ def load(
             compiled.result()
     if where.type == "cpu" and kind == torch.float32:
         use_onednn(model)
-    engine = Engine(model, tokens, slots, cache_bytes, chunk)
+    engine = Engine(model, tokens, slots, cache_bytes, pieces)
     seconds = time.monotonic() - started
     logger.info(
         "%s: ready on %s in %s with %d slots after %.1f s",

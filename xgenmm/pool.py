@@ -14,7 +14,7 @@ import torch
 from xgenmm.caches import Caches
 from xgenmm.model import XGenMM
 from xgenmm.sampling import MOST_BEAMS
-from xgenmm.scheduler import CHUNK, Job, Scheduler, is_small
+from xgenmm.scheduler import Job, Scheduler, is_small
 
 EXIT_SECONDS = 10.0
 """For the piece of work that is under way when the interpreter ends."""
@@ -38,7 +38,7 @@ class SchedulerPool:
         end_ids: the tokens that end a beam.
         slots: of all schedulers together.
         cache_bytes: for what is kept between requests.
-        chunk: prompt positions that are prefilled between two decode steps.
+        pieces: of encoding and prefill that are done between two decode steps.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SchedulerPool:
         end_ids: Collection[int],
         slots: int,
         cache_bytes: int,
-        chunk: int = CHUNK,
+        pieces: int = 1,
     ) -> None:
         self.slots = slots
         self.caches = Caches(cache_bytes)
@@ -62,7 +62,7 @@ class SchedulerPool:
                 end_ids,
                 slots // count + (number < slots % count),
                 self.caches,
-                chunk,
+                pieces,
                 self._threads,
                 name=f"scheduler {number + 1} of {count}",
             )

@@ -2,8 +2,8 @@
 
 Prompts and pictures in, token ids out; knows nothing of text, Cog or HTTP. One thread does all work
 of a scheduler. Between two decode steps, which serve all running streams at once, it takes in new
-jobs and does one piece of other work: a batch of tiles through the encoder, or at most a chunk of
-positions of waiting prompts. So no stream ever waits for more than that.
+jobs and does one piece of other work, or several: a batch of tiles through the encoder, or at most
+a chunk of positions of waiting prompts. So no stream ever waits for more than that.
 
 A job owns one row of the cache, a slot (`num_beams` of them if it searches), from its admission to
 its end. A row's next token goes to `Slots.position`, also in rows that are still being prefilled
@@ -40,13 +40,13 @@ from xgenmm.tiles import Tiles
 log = logging.getLogger(__name__)
 
 CHUNK = 512
-"""Prompt positions, padding included, that are prefilled between two decode steps."""
+"""Prompt positions, padding included, that are prefilled in one piece."""
 
 TILES = 6
 """Tiles whose encoding is for the released models about the work of `CHUNK` positions."""
 
 TILES_ALONE = 32
-"""Tiles encoded at once while nobody is being answered."""
+"""Tiles that a GPU encodes at once while nobody is being answered; a CPU gains nothing by more."""
 
 STUCK = 300.0
 """Seconds without a step after which a busy engine counts as stuck."""
@@ -186,7 +186,7 @@ class Scheduler:
         end_ids: the tokens that end a beam.
         slots: rows of the key/value cache.
         caches: what is kept between requests; may serve further schedulers.
-        chunk: prompt positions, padding included, that are prefilled between two decode steps.
+        pieces: of other work that are done between two decode steps.
         threads: how many of PyTorch's threads the next piece of work may take.
         name: of the thread, for the log.
     """
@@ -197,14 +197,14 @@ class Scheduler:
         end_ids: Collection[int],
         slots: int,
         caches: Caches,
-        chunk: int,
+        pieces: int,
         threads: Callable[[], int],
         name: str,
     ) -> None:
         self.model = model
         self.slots = slots
         self.caches = caches
-        self._chunk = chunk
+        self._pieces = pieces
         self._threads = threads
         self._end_ids = frozenset(end_ids)
         decoder = model.config.decoder
@@ -283,11 +283,8 @@ class Scheduler:
                 torch.set_num_threads(threads)
                 self._drop()
                 self._admit()
-                oldest = next((job for job in self._running if not job.decoding), None)
-                if oldest is not None and oldest.missing:
-                    self._encode()
-                elif oldest is not None:
-                    self._prefill()
+                for _ in range(self._pieces):
+                    self._work()
                 torch.set_num_threads(1 if small else threads)
                 self._decode()
                 self._summarise()
@@ -351,11 +348,19 @@ class Scheduler:
         self._counts["prompt positions"] += job.total
         self._counts["cached positions"] += job.length
 
+    def _work(self) -> None:
+        """Do one piece of what the longest waiting job needs before it decodes."""
+        oldest = next((job for job in self._running if not job.decoding), None)
+        if oldest is not None and oldest.missing:
+            self._encode()
+        elif oldest is not None:
+            self._prefill()
+
     def _encode(self) -> None:
         """Encode the pictures that are waited for longest, of several jobs at once."""
-        room = self._chunk * TILES // CHUNK
-        if not any(job.decoding for job in self._running):
-            room = max(room, TILES_ALONE)
+        room = TILES
+        if self.model.device.type == "cuda" and not any(job.decoding for job in self._running):
+            room = TILES_ALONE
         waited: dict[bytes, list[tuple[Job, int]]] = {}
         chosen: dict[bytes, Tiles] = {}
         for job in self._running:
@@ -397,9 +402,9 @@ class Scheduler:
                 self._try([job], partial(self._fuse, job))
             if job.embeds is None:
                 continue
-            part = job.embeds[job.length : job.length + self._chunk]
+            part = job.embeds[job.length : job.length + CHUNK]
             longest = max(longest, padded(len(part)))
-            if batch and (len(batch) + 1) * longest > self._chunk:
+            if batch and (len(batch) + 1) * longest > CHUNK:
                 break
             batch.append((job, part))
         if not batch:
@@ -461,7 +466,7 @@ class Scheduler:
         """Score the choices against each other; all of them share the prompt's prefill."""
         first = logits[0].log_softmax(-1)
         scores = [first[choice[0]] for choice in job.choices]
-        room = min(self._chunk, self.model.config.decoder.max_positions - job.length)
+        room = min(CHUNK, self.model.config.decoder.max_positions - job.length)
         pending = deque(enumerate(job.choices))
         while pending:
             group: list[tuple[int, Sequence[int]]] = []

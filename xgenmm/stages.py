@@ -35,8 +35,8 @@ SLOTS = 32
 QUEUED = 2
 """Records in work for each slot of an engine: some are read while others are answered."""
 
-CHUNK = 2048
-"""Prompt positions between two decode steps: nobody watches a stream, so slots are filled first."""
+PIECES = 8
+"""Of encoding and prefill between two decode steps: nobody watches a stream, so fill the slots."""
 
 BLOCK = 32
 """Records that Ray reads, and hands to an engine, at a time."""
@@ -69,7 +69,7 @@ class Task:
             self.dtype,
             slots=SLOTS,
             quantize=self.quantize,
-            chunk=CHUNK,
+            pieces=PIECES,
         )
 
 
@@ -177,7 +177,7 @@ def with_ray(
                 batch_size=None,
                 batch_format="pyarrow",
                 # Reading waits for disk and network. Like needs would let Ray join the two stages.
-                num_cpus=0.5,
+                num_cpus=0.75,
             )
             .map_batches(
                 _EngineActor,
