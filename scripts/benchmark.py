@@ -338,12 +338,15 @@ def golden(options: Options) -> list[Row]:
 
 
 def _golden_folders(folder: Path | None) -> list[Path]:
-    """The golden folders that hold a model."""
+    """The golden folders that hold a model. Raises InputError where there is none."""
     if folder is None:
         from tests import golden_data
 
         return [golden_data.folder(name) for name in ("v15_anyres", "v1_instruct")]
-    return sorted(found.parent for found in folder.glob("*/model.safetensors"))
+    found = sorted(file.parent for file in folder.glob("*/model.safetensors"))
+    if not found:
+        raise InputError("golden", f"{folder} has no folder with a model.safetensors in it")
+    return found
 
 
 def run_golden(folder: Path, seed: int) -> list[Compared]:

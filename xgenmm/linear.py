@@ -13,7 +13,7 @@ from torch.nn import functional as F
 SMALL = 1 << 20
 """Elements of a weight from which on oneDNN is the quicker one for a single row as well."""
 
-KEPT_KERNELS = 512
+KEPT_KERNELS = 256
 """That oneDNN keeps, one for each layer's and input's shape, some 0.2 MB each; by itself 1,024."""
 
 
