@@ -162,10 +162,6 @@ def with_ray(
     """
     ray = _ray(address)
     try:
-        import ray.data  # not before: while it takes its second, Ray's processes start
-
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         actors, on_gpu = _actors(ray.cluster_resources(), task, actors)
         task = replace(
             task,
@@ -180,7 +176,8 @@ def with_ray(
                 fn_args=[task],
                 batch_size=None,
                 batch_format="pyarrow",
-                # Reading waits for disk and network. Like needs would let Ray join the two stages.
+                # Reading waits for disk and network, but two readers on one core only cost a
+                # second start. Like needs would let Ray join the two stages.
                 num_cpus=0.75,
             )
             .map_batches(
@@ -223,6 +220,7 @@ def _ray(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
+        import ray.data
     except ModuleNotFoundError as error:
         raise InputError("ray", "install it: pip install -r requirements-data.txt") from error
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
@@ -237,6 +235,8 @@ def _ray(address: str) -> Any:
             ray.init(address, **settings)
     except (OSError, ValueError) as error:
         raise InputError("ray", f"no cluster at {address!r} ({error})") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
 
 
