@@ -35,7 +35,7 @@ import xgenmm
 from xgenmm.engine import Engine, Request, favour_model_thread
 from xgenmm.errors import InputError
 from xgenmm.prompts import parse_messages
-from xgenmm.sampling import MOST_BEAMS, SamplingParams
+from xgenmm.sampling_params import MOST_BEAMS, SamplingParams
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 

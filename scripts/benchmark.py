@@ -63,7 +63,7 @@ from xgenmm.parity import golden_model, golden_prompt
 from xgenmm.pool import SchedulerPool
 from xgenmm.prompts import Message, Prompt
 from xgenmm.quantize import KINDS, drift
-from xgenmm.sampling import SamplingParams
+from xgenmm.sampling_params import SamplingParams
 from xgenmm.scheduler import Job, StopReason
 from xgenmm.tiles import Tiles, tile_picture
 from xgenmm.tokens import Tokens

@@ -37,7 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from scripts.figures import Row
 from scripts.local_server import ROOT, predict, serving
-from xgenmm.checkpoint import load_parameters, read_config
+from xgenmm.checkpoint import load_parameters
 from xgenmm.config import DecoderConfig, SamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.decoder import KVCache, Phi3Decoder
 from xgenmm.fast import Decode, fast_decode
@@ -47,6 +47,7 @@ from xgenmm.model import XGenMM
 from xgenmm.parity import all_logits
 from xgenmm.prompts import Prompt
 from xgenmm.quantize import KINDS, check_kind, drift
+from xgenmm.releases import read_config
 from xgenmm.tiles import tile_picture
 
 log = logging.getLogger(__name__)

@@ -54,10 +54,11 @@ import xgenmm
 from scripts import demo_world as world
 from xgenmm.config import DecoderConfig, SamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.generate import generate
+from xgenmm.grouping import regroup
 from xgenmm.model import XGenMM
 from xgenmm.prompts import DEFAULT_SYSTEM_PROMPT, chat_prompt
-from xgenmm.sampling import SamplingParams
-from xgenmm.tiles import Tiles, regroup, tile_picture
+from xgenmm.sampling_params import SamplingParams
+from xgenmm.tiles import Tiles, tile_picture
 from xgenmm.tokens import Control, Tokens
 from xgenmm.weights import write_manifest
 
@@ -610,8 +611,8 @@ def losses(
         chosen = []
         for picture in pictures:
             full = 1 + picture.cover[1:].flatten(1).any(1).nonzero().flatten()
-            chosen.append(torch.cat([torch.zeros(1, dtype=torch.long), full[:2]]))
-        pixels = torch.cat([p.tiles.pixels[c] for p, c in zip(pictures, chosen, strict=True)])
+            chosen.append([0, *full[:2].tolist()])
+        pixels = np.concatenate([p.tiles.pixels[c] for p, c in zip(pictures, chosen, strict=True)])
         cells = torch.stack(
             [
                 torch.cat([getattr(p, k)[c] for p, c in zip(pictures, chosen, strict=True)])
@@ -624,7 +625,7 @@ def losses(
     frozen = "tower" not in LOSS_WEIGHTS[stage]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         # Ungrouped first: the tower's labels belong to its own tiles.
-        whole = Tiles(torch.cat([t.pixels for t in tiles]), 0, 0, (1, 1))
+        whole = Tiles(np.concatenate([t.pixels for t in tiles]), 0, 0, (1, 1))
         flat = model.features([whole])[0]
         features = regrouped(flat, tiles)
     if not frozen:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from xgenmm.caches import BLOCK, PrefixCache, PromptKeys, Store, picture_key
@@ -28,7 +29,7 @@ def filled(rows: int, positions: int) -> KVCache:
 
 
 def tiles(value: int = 0) -> Tiles:
-    return Tiles(torch.full((3, 4, 4, 3), value, dtype=torch.uint8), 2, 1, (8, 4))
+    return Tiles(np.full((3, 4, 4, 3), value, dtype=np.uint8), 2, 1, (8, 4))
 
 
 def keys_of(prompt: Prompt, *pictures: Tiles, instructed: bool = False) -> PromptKeys:
@@ -83,7 +84,7 @@ def test_picture_key_covers_pixels_and_tiling() -> None:
             tiles(1),
             replace(tiles(), columns=1, rows=2),
             replace(tiles(), picture_size=(9, 4)),
-            Tiles(torch.zeros(3, 4, 12, 1, dtype=torch.uint8), 2, 1, (8, 4)),
+            Tiles(np.zeros((3, 4, 12, 1), dtype=np.uint8), 2, 1, (8, 4)),
         )
     }
     assert len(known) == 5

@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from PIL import Image
 import xgenmm
 from tests import tiny
 from xgenmm import Engine, InputError, Request, SamplingParams
-from xgenmm.caption import main
+from xgenmm.caption import QUANTIZE, main
 from xgenmm.datasets import (
     MAX_DOWNLOAD,
     Record,
@@ -33,6 +34,7 @@ from xgenmm.datasets import (
     survey,
     template_columns,
 )
+from xgenmm.quantize import KINDS
 
 COLORS = ("red", "green", "blue", "yellow", "black", "purple", "orange")
 NEW_TOKENS = 6
@@ -418,6 +420,12 @@ def test_wrong_options(
     pictures = draw(tmp_path / "pictures", 1)
     assert caption(pictures, tmp_path / "out", checkpoint, *options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_program_waits_for_no_library_that_only_the_engine_needs() -> None:
+    loaded = "import sys, xgenmm.caption; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
+    assert set(QUANTIZE) == set(KINDS)
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "parquet"])

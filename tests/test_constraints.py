@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.tiny import DEMO
-from xgenmm.checkpoint import read_config
 from xgenmm.constraints import Constraint, Grammars
 from xgenmm.errors import InputError
+from xgenmm.releases import read_config
 from xgenmm.tokens import Tokens
 
 CONFIG = read_config(DEMO)

@@ -16,7 +16,7 @@ from xgenmm.generate import generate
 from xgenmm.images import read_picture
 from xgenmm.model import XGenMM
 from xgenmm.parity import golden_model
-from xgenmm.sampling import SamplingParams
+from xgenmm.sampling_params import SamplingParams
 from xgenmm.tiles import tile_picture
 
 TINY = DecoderConfig(

@@ -17,7 +17,7 @@ from cog import CancelationException
 import xgenmm
 from predict import Predictor
 from xgenmm.errors import EngineError, InputError
-from xgenmm.sampling import MOST_BEAMS
+from xgenmm.sampling_params import MOST_BEAMS
 
 WAIT = 10.0
 INPUTS: dict[str, Any] = {

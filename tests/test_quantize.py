@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from tests import tiny
 from tests.test_model import random_decoder, run
-from xgenmm.checkpoint import load_parameters, read_config
+from xgenmm.checkpoint import load_parameters
 from xgenmm.errors import InputError
 from xgenmm.model import XGenMM
 from xgenmm.quantize import KINDS, QuantizedLinear, check_kind, drift, prepare, quantized
+from xgenmm.releases import read_config
 
 # Largest error of one weight, in its feature's largest weight: half a step of int8, and of fp8 half
 # of the 1/8 between two neighbours at most.

@@ -16,16 +16,8 @@ from transformers.generation.logits_process import (
 )
 
 from xgenmm.errors import InputError
-from xgenmm.sampling import (
-    LIMITS,
-    BeamSearch,
-    RowSettings,
-    SamplingParams,
-    StopText,
-    draws,
-    next_tokens,
-    penalise,
-)
+from xgenmm.sampling import BeamSearch, RowSettings, StopText, draws, next_tokens, penalise
+from xgenmm.sampling_params import LIMITS, SamplingParams
 
 VOCAB = 24
 

@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from predict import DEFAULT_MODEL, Predictor
-from xgenmm.checkpoint import releases
 from xgenmm.prompts import DEFAULT_SYSTEM_PROMPT
-from xgenmm.sampling import LIMITS, SamplingParams
+from xgenmm.releases import releases
+from xgenmm.sampling_params import LIMITS, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "openapi.json").read_text())

@@ -14,7 +14,7 @@ from scripts import demo_world as world
 from scripts import train_demo as training
 from xgenmm.generate import generate
 from xgenmm.model import XGenMM
-from xgenmm.sampling import SamplingParams
+from xgenmm.sampling_params import SamplingParams
 
 FONTS = world.held_out_fonts()
 TINY = tuple(replace(stage, steps=2, pictures=4) for stage in training.STAGES)

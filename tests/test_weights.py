@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save, save_file
 
 from tests.hub_server import PIECE, HubServer
 from xgenmm import weights
-from xgenmm.checkpoint import CheckpointError, FileRecord, Release
+from xgenmm.errors import CheckpointError
+from xgenmm.releases import FileRecord, Release
 from xgenmm.weights import convert, download, verify
 
 NAME = "xgen-mm-phi3-mini-instruct-dpo-r-v1.5"

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from xgenmm.checkpoint import read_config
 from xgenmm.model import XGenMM
+from xgenmm.releases import read_config
 
 DEMO = Path(__file__).resolve().parent.parent / "weights" / "demo"
 TOKENIZER_FILES = (

@@ -12,12 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xgenmm.checkpoint import CheckpointError
     from xgenmm.engine import Answer, Engine, Request, load
-    from xgenmm.errors import EngineError, InputError
+    from xgenmm.errors import CheckpointError, EngineError, InputError
     from xgenmm.images import read_picture
     from xgenmm.prompts import Message
-    from xgenmm.sampling import SamplingParams
+    from xgenmm.sampling_params import SamplingParams
     from xgenmm.scheduler import Usage
 
 __all__ = [
@@ -35,11 +34,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "errors",
     "EngineError": "errors",
     "InputError": "errors",
     "Message": "prompts",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
     "Usage": "scheduler",
     "read_picture": "images",
 }

@@ -174,7 +174,7 @@ def picture_key(picture: Tiles) -> bytes:
     """A hash of all that the picture's features depend on."""
     layout = (picture.pixels.shape, picture.columns, picture.rows, picture.picture_size)
     digest = hashlib.sha256(repr(layout).encode())
-    digest.update(picture.pixels.numpy().data)
+    digest.update(picture.pixels.data)
     return digest.digest()
 
 

@@ -23,14 +23,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from xgenmm.checkpoint import CheckpointError, read_config, resolve
 from xgenmm.datasets import Record, Row, literal, open_shards, read_records, survey
-from xgenmm.errors import EngineError, InputError
-from xgenmm.quantize import KINDS
-from xgenmm.sampling import LIMITS, SamplingParams
+from xgenmm.errors import CheckpointError, EngineError, InputError
+from xgenmm.releases import read_config, resolve
+from xgenmm.sampling_params import LIMITS, SamplingParams
 from xgenmm.stages import Task, in_process, with_ray
 
 FORMATS = ("parquet", "jsonl")
+QUANTIZE = ("int8", "fp8")  # `quantize.KINDS`, for which one would wait for PyTorch
 SHARD_ROWS = 1000
 
 
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=model, help=f"a released name or a folder; default: {model}")
     add("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--quantize", choices=tuple(KINDS), help="of the decoder's weights; default: neither")
+    add("--quantize", choices=QUANTIZE, help="of the decoder's weights; default: neither")
     add("--format", choices=FORMATS, help="default: what OUTPUT ends with, or parquet")
     add("--shard-rows", type=int, default=SHARD_ROWS, help=f"default: {SHARD_ROWS}")
     add("--ray", metavar="ADDRESS", help="run on this Ray cluster; local: on this machine")

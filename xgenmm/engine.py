@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from xgenmm.caches import PromptKeys, Store
-from xgenmm.checkpoint import load_parameters, read_config, resolve
+from xgenmm.checkpoint import load_parameters
 from xgenmm.constraints import Constraint, Grammars
 from xgenmm.errors import InputError
 from xgenmm.fast import MAX_ROWS, compile_kernels
@@ -35,7 +35,9 @@ from xgenmm.model import XGenMM
 from xgenmm.pool import SchedulerPool
 from xgenmm.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, request_prompt
 from xgenmm.quantize import check_kind
-from xgenmm.sampling import SamplingParams, StopText
+from xgenmm.releases import read_config, resolve
+from xgenmm.sampling import StopText
+from xgenmm.sampling_params import SamplingParams
 from xgenmm.scheduler import Job, StopReason, Usage
 from xgenmm.tiles import Tiles, tile_picture
 from xgenmm.tokens import Control, Tokens

@@ -14,3 +14,7 @@ class InputError(ValueError):
 
 class EngineError(RuntimeError):
     """The engine could not answer a request that was right: it failed, or it is shut down."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is absent, broken, or does not fit the model; the message says what to do."""

@@ -8,14 +8,8 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 
 from xgenmm.model import XGenMM
-from xgenmm.sampling import (
-    BeamSearch,
-    RowSettings,
-    SamplingParams,
-    draws,
-    next_tokens,
-    penalise,
-)
+from xgenmm.sampling import BeamSearch, RowSettings, draws, next_tokens, penalise
+from xgenmm.sampling_params import SamplingParams
 
 
 def generate(

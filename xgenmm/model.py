@@ -5,15 +5,17 @@ Holds no state of a request; `engine.py` owns caches and the decode loop.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from xgenmm.config import XGenMMConfig
 from xgenmm.decoder import KVCache, Phi3Decoder
+from xgenmm.grouping import normalise, padding_mask, regroup
 from xgenmm.prompts import Prompt
 from xgenmm.sampler import PerceiverResampler
-from xgenmm.tiles import Tiles, normalise, padding_mask, regroup
+from xgenmm.tiles import Tiles
 from xgenmm.vision import build_tower
 
 
@@ -178,8 +180,8 @@ class XGenMM(nn.Module):
         """
         if not pictures:
             return []
-        pixels = torch.cat([picture.pixels for picture in pictures]).to(self.device)
-        tiles = normalise(pixels, self.config.tiling, self.dtype)
+        pixels = torch.from_numpy(np.concatenate([picture.pixels for picture in pictures]))
+        tiles = normalise(pixels.to(self.device), self.config.tiling, self.dtype)
         features: torch.Tensor = self.vlm.vision_encoder(tiles)
         parts = features.split([picture.pixels.shape[0] for picture in pictures])
         return [
@@ -200,11 +202,12 @@ class XGenMM(nn.Module):
         if not pictures:
             return []
         side = self.config.vision.grid
-        masks = torch.cat([padding_mask(picture, side) for picture in pictures]).to(self.device)
+        masks = [padding_mask(one.columns, one.rows, one.picture_size, side) for one in pictures]
+        mask = torch.cat(masks).to(self.device)
         text = None
         if prompt is not None and self.config.sampler.text_tokens:
             text = self.embed_ids(prompt.ids)
-        tokens: torch.Tensor = self.vlm.vision_tokenizer(torch.cat(list(features)), masks, text)
+        tokens: torch.Tensor = self.vlm.vision_tokenizer(torch.cat(list(features)), mask, text)
         parts = tokens.split([part.shape[0] for part in features])
         return [part.flatten(0, 1) for part in parts]
 

@@ -27,12 +27,13 @@ from xgenmm.config import (
     XGenMMConfig,
 )
 from xgenmm.generate import generate
+from xgenmm.grouping import normalise, padding_mask
 from xgenmm.images import read_picture
 from xgenmm.linear import use_onednn
 from xgenmm.model import XGenMM
 from xgenmm.prompts import Prompt
-from xgenmm.sampling import SamplingParams
-from xgenmm.tiles import Tiles, normalise, padding_mask, tile_picture
+from xgenmm.sampling_params import SamplingParams
+from xgenmm.tiles import Tiles, tile_picture
 from xgenmm.tokens import Convention, Tokens
 
 TOLERANCES: Mapping[str, float] = {
@@ -216,11 +217,12 @@ def _check_case(
             case.compare(stage, activations[f"{name}.{key}"], found)
 
     def normalised(these: Sequence[Tiles], tiling: TilingConfig) -> list[torch.Tensor]:
-        return [normalise(one.pixels, tiling, torch.float32) for one in these]
+        return [normalise(torch.from_numpy(one.pixels), tiling, torch.float32) for one in these]
 
     for i, (pixels, one) in enumerate(zip(normalised(tiles, config.tiling), tiles, strict=True)):
         compare(f"tiles.{i}", "tiles", pixels)
-        compare(f"mask.{i}", "mask", padding_mask(one, config.vision.grid))
+        mask = padding_mask(one.columns, one.rows, one.picture_size, config.vision.grid)
+        compare(f"mask.{i}", "mask", mask)
         compare(f"features.{i}", "features", features[i])
         compare(f"vision_tokens.{i}", "vision_tokens", vision_tokens[i])
     if tiles and config.tiling.mode != "anyres":  # one tile a picture, stored as one batch

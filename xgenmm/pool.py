@@ -13,7 +13,7 @@ import torch
 
 from xgenmm.caches import Caches
 from xgenmm.model import XGenMM
-from xgenmm.sampling import MOST_BEAMS
+from xgenmm.sampling_params import MOST_BEAMS
 from xgenmm.scheduler import Job, Scheduler, is_small
 
 EXIT_SECONDS = 10.0

@@ -33,7 +33,8 @@ from xgenmm.errors import EngineError, InputError
 from xgenmm.fast import fast_decode
 from xgenmm.model import XGenMM, padded
 from xgenmm.prompts import Prompt
-from xgenmm.sampling import BeamSearch, SamplingParams
+from xgenmm.sampling import BeamSearch
+from xgenmm.sampling_params import SamplingParams
 from xgenmm.slots import Slots
 from xgenmm.tiles import Tiles
 

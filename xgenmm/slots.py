@@ -6,7 +6,8 @@ a CUDA graph and needs the host only where a request joins or leaves.
 
 import torch
 
-from xgenmm.sampling import LIMITS, RowSettings, SamplingParams, draws, next_tokens, penalise
+from xgenmm.sampling import RowSettings, draws, next_tokens, penalise
+from xgenmm.sampling_params import LIMITS, SamplingParams
 
 
 class Slots:

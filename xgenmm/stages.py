@@ -17,13 +17,13 @@ from itertools import islice
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+import numpy as np
 
-from xgenmm.checkpoint import read_config, resolve
 from xgenmm.config import XGenMMConfig
 from xgenmm.datasets import Record, Row, read_record
 from xgenmm.errors import InputError
-from xgenmm.sampling import SamplingParams
+from xgenmm.releases import read_config, resolve
+from xgenmm.sampling_params import SamplingParams
 from xgenmm.tiles import Tiles, tile_picture
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def _read_block(block: Any, task: Task) -> Any:
             rows.append(
                 {
                     "record": text,
-                    "pixels": tiles.pixels.numpy().tobytes(),
+                    "pixels": tiles.pixels.tobytes(),
                     "shape": list(tiles.pixels.shape),
                     "columns": tiles.columns,
                     "rows": tiles.rows,
@@ -301,6 +301,6 @@ class _EngineActor:
 def _tiles(item: dict[str, Any]) -> Tiles | str:
     if item["error"] is not None:
         return str(item["error"])
-    pixels = torch.frombuffer(bytearray(item["pixels"]), dtype=torch.uint8).view(item["shape"])
+    pixels = np.frombuffer(item["pixels"], dtype=np.uint8).reshape(item["shape"])
     width, height = item["picture_size"]
     return Tiles(pixels, item["columns"], item["rows"], (width, height))

@@ -1,8 +1,8 @@
-"""A picture cut into tiles, and the regrouping that the sampler was trained on.
+"""A picture cut into tiles.
 
-Pure functions of a picture and a `TilingConfig`; knows nothing of models. Sizes are (width,
-height), grids of tiles are (columns, rows). Follows the original `Blip3ImageProcessor`
-(any-resolution code descends from LLaVA-NeXT's `mm_utils.py`).
+Pure functions of a picture and a `TilingConfig`; knows nothing of models, and does without PyTorch
+in processes that only read. Sizes are (width, height), grids of tiles are (columns, rows). Follows
+the original `Blip3ImageProcessor` (any-resolution code descends from LLaVA-NeXT's `mm_utils.py`).
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from xgenmm.config import Size, TilingConfig
@@ -25,7 +25,7 @@ class Tiles:
     picture_size: (width, height) of the picture, from which the padding mask follows.
     """
 
-    pixels: torch.Tensor
+    pixels: NDArray[np.uint8]
     columns: int
     rows: int
     picture_size: Size
@@ -78,53 +78,6 @@ def fit_canvas(picture: Image.Image, canvas_size: Size) -> Image.Image:
     return canvas
 
 
-def normalise(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [tiles, tile, tile, 3] -> `dtype` [tiles, 3, tile, tile], on the pixels' own device."""
-    mean = torch.tensor(config.mean, device=pixels.device)
-    std = torch.tensor(config.std, device=pixels.device)
-    values = (pixels.to(torch.float32) / 255 - mean) / std
-    return values.permute(0, 3, 1, 2).to(dtype)
-
-
-def regroup(features: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
-    """Features of the tiles as the sampler gets them: [1 + rows * columns, side**2, width].
-
-    The canvas's features are laid out as one picture, which is then cut, row by row, into runs as
-    long as a tile. With more than one column such a run is a band of full-width rows and not the
-    square tile. The released weights were trained with this (facts.md, trap 1).
-    """
-    if not columns:
-        return features
-    whole, cells = features[:1], features[1:]
-    side = math.isqrt(cells.shape[1])
-    canvas = cells.unflatten(0, (rows, columns)).unflatten(2, (side, side))
-    runs = canvas.transpose(1, 2).reshape(cells.shape)  # [rows, side, columns, side, width]
-    return torch.cat([whole, runs])
-
-
-def padding_mask(tiles: Tiles, side: int) -> torch.Tensor:
-    """Which features show the picture: bool [tiles, side**2], in the order of `regroup`.
-
-    Computed in units of features with the original's truncations (facts.md, trap 2), so it does
-    not agree to the pixel with `fit_canvas`.
-    """
-    count = tiles.pixels.shape[0]
-    mask = torch.ones(count, side * side, dtype=torch.bool)
-    if not tiles.columns:
-        return mask
-    width, height = tiles.picture_size
-    canvas_width, canvas_height = tiles.columns * side, tiles.rows * side
-    canvas = torch.zeros(canvas_height, canvas_width, dtype=torch.bool)
-    if width / height > canvas_width / canvas_height:
-        padding = (canvas_height - int(height * (canvas_width / width))) // 2
-        canvas[padding : canvas_height - padding] = True
-    else:
-        padding = (canvas_width - int(width * (canvas_height / height))) // 2
-        canvas[:, padding : canvas_width - padding] = True
-    mask[1:] = canvas.view(count - 1, side * side)
-    return mask
-
-
 def _to_square(picture: Image.Image, config: TilingConfig, tile: int) -> Image.Image:
     if config.mode == "pad" and picture.width != picture.height:
         side = max(picture.size)
@@ -135,5 +88,5 @@ def _to_square(picture: Image.Image, config: TilingConfig, tile: int) -> Image.I
     return picture.resize((tile, tile), Image.Resampling.BICUBIC)
 
 
-def _stack(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+def _stack(pictures: Sequence[Image.Image]) -> NDArray[np.uint8]:
+    return np.stack([np.asarray(picture) for picture in pictures])

@@ -34,19 +34,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get
 
-from xgenmm.checkpoint import (
-    BUFFER_BYTES,
-    INDEX,
-    CheckpointError,
+from xgenmm.checkpoint import BUFFER_BYTES, INDEX, StoredTensor, read_chunks, stored_tensors
+from xgenmm.errors import CheckpointError
+from xgenmm.releases import (
     FileRecord,
     Release,
-    StoredTensor,
     find_release,
     folders_on_disk,
-    read_chunks,
     releases,
     resolve,
-    stored_tensors,
     weights_folder,
 )
 

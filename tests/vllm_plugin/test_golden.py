@@ -92,7 +92,9 @@ def ignore_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         model,
         "padding_mask",
-        lambda tiles, side: torch.ones(len(tiles.pixels), side * side, dtype=torch.bool),
+        lambda columns, rows, picture_size, side: torch.ones(
+            1 + columns * rows, side * side, dtype=torch.bool
+        ),
     )
 
 

@@ -26,10 +26,10 @@ from vllm.model_executor.models.vision import is_vit_use_data_parallel, run_dp_s
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from xgenmm.checkpoint import read_config
+from xgenmm.grouping import normalise, padding_mask, regroup
 from xgenmm.prompts import IMAGE
+from xgenmm.releases import read_config
 from xgenmm.sampler import PerceiverResampler
-from xgenmm.tiles import Tiles, normalise, padding_mask, regroup
 from xgenmm.vllm.processor import DummyPictures, PictureInfo, PictureProcessor, tile_counts
 
 _ADDITIONAL = ("additional_embedding.", "additional_fc.")
@@ -112,12 +112,11 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
             features = self.vision_encoder(tiles)
         counts = tile_counts(layout).tolist()
         parts, masks = [], []
-        for (columns, rows, width, height), picture, part in zip(
-            layout.tolist(), pixels.split(counts), features.split(counts), strict=True
+        for (columns, rows, width, height), part in zip(
+            layout.tolist(), features.split(counts), strict=True
         ):
             parts.append(regroup(part, columns, rows))
-            tiled = Tiles(picture, columns, rows, (width, height))
-            masks.append(padding_mask(tiled, config.vision.grid))
+            masks.append(padding_mask(columns, rows, (width, height), config.vision.grid))
         mask = torch.cat(masks).to(pixels.device)
         tokens: torch.Tensor = self.vision_tokenizer(torch.cat(parts), mask)
         return [one.flatten(0, 1) for one in tokens.split(counts)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
@@ -25,10 +26,10 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 
-from xgenmm.checkpoint import read_config
 from xgenmm.config import XGenMMConfig
 from xgenmm.images import read_picture
 from xgenmm.prompts import IMAGE, IMAGE_PLACEHOLDER
+from xgenmm.releases import read_config
 from xgenmm.tiles import tile_picture
 
 
@@ -107,7 +108,7 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
             for item in items.data
         ]
         layout = [(one.columns, one.rows, *one.picture_size) for one in tiles]
-        pixels = torch.cat([one.pixels for one in tiles])
+        pixels = torch.from_numpy(np.concatenate([one.pixels for one in tiles]))
         return BatchFeature({"pixels": pixels, "layout": torch.tensor(layout)})
 
     def _get_mm_fields_config(

@@ -23,10 +23,10 @@ from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.params import ChatParams
 from vllm.tokenizers import TokenizerLike
 
-from xgenmm.checkpoint import read_config
 from xgenmm.config import TextConfig, XGenMMConfig
 from xgenmm.errors import InputError
 from xgenmm.prompts import IMAGE, Message, Prompt, request_prompt
+from xgenmm.releases import read_config
 from xgenmm.tokens import Tokens
 
 
