@@ -32,10 +32,10 @@ from cog import (
 )
 
 import xgenmm
-from xgenmm.engine import Engine, Request, favour_model_thread
-from xgenmm.errors import InputError
+from xgenmm import Engine, InputError, Request, SamplingParams
+from xgenmm.engine import favour_model_thread
 from xgenmm.prompts import parse_messages
-from xgenmm.sampling_params import MOST_BEAMS, SamplingParams
+from xgenmm.sampling_params import MOST_BEAMS
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 

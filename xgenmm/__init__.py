@@ -8,6 +8,7 @@ for text in engine.stream(xgenmm.Request("What color is the star?", [picture])):
     print(text, end="", flush=True)
 """
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,4 +49,11 @@ def __getattr__(name: str) -> Any:
     # Imported when asked for: the programs of this package need not wait seconds for the model's.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'engine')}"), name)
+    # What is imported stays: to look through it for garbage would be a fifth of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'engine')}"), name)
+    finally:
+        if collecting:
+            gc.enable()

@@ -60,7 +60,8 @@ class Task:
 
     def load(self) -> "Engine":
         """An engine in a process of its own. Raises as `xgenmm.load` does."""
-        from xgenmm.engine import favour_model_thread, load
+        from xgenmm import load
+        from xgenmm.engine import favour_model_thread
 
         favour_model_thread()
         return load(
