@@ -1,9 +1,11 @@
 """The Triton kernels: in the interpreter against PyTorch, and compiled for GPUs."""
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,8 @@ def compiled(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
     monkeypatch.setattr(driver, "_active", device)
+    for jit in (f for f in vars(kernels).values() if isinstance(f, triton.JITFunction)):
+        jit.device_caches.clear()
     return found
 
 
@@ -92,13 +96,29 @@ def test_a_full_size_step_compiles_without_spilling(
     compiled: list[CompiledKernel], quantize: str | None
 ) -> None:
     """For A100 and H100, without either: Triton brings NVIDIA's assembler."""
-    for jit in (f for f in vars(kernels).values() if isinstance(f, triton.JITFunction)):
-        jit.device_caches.clear()
     compile_kernels(RELEASES[INTERLEAVE], 64, torch.bfloat16, quantize)
     assert len(compiled) >= 17
     for kernel in compiled:
         assert len(kernel.asm["cubin"]) > 1000
         assert not re.search(r"\.local\s", kernel.asm["ptx"])
+
+
+def test_a_collection_of_garbage_between_them_fails_no_kernel(
+    compiled: list[CompiledKernel],
+) -> None:
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10)
+    gc.callbacks.append(let_others_run)
+    try:
+        compile_kernels(replace(RELEASES[INTERLEAVE], decoder=TINY), 64, torch.bfloat16)
+    finally:
+        gc.callbacks.remove(let_others_run)
+        gc.set_threshold(*thresholds)
+    assert len(compiled) > 10
+
+
+def let_others_run(*_: object) -> None:
+    time.sleep(1e-5)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

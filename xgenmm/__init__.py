@@ -8,9 +8,10 @@ for text in engine.stream(xgenmm.Request("What color is the star?", [picture])):
     print(text, end="", flush=True)
 """
 
-import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from xgenmm.garbage import uncollected
 
 if TYPE_CHECKING:
     from xgenmm.engine import Answer, Engine, Request, load
@@ -49,11 +50,5 @@ def __getattr__(name: str) -> Any:
     # Imported when asked for: the programs of this package need not wait seconds for the model's.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # What is imported stays: to look through it for garbage would be a fifth of the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():  # what is imported stays: to look through it would be a fifth of the time
         return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'engine')}"), name)
-    finally:
-        if collecting:
-            gc.enable()

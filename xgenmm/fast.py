@@ -13,6 +13,7 @@ import torch
 
 from xgenmm.config import XGenMMConfig
 from xgenmm.decoder import KVCache
+from xgenmm.garbage import uncollected
 from xgenmm.model import XGenMM
 from xgenmm.quantize import prepare
 
@@ -74,7 +75,9 @@ def compile_kernels(
         if quantize is not None:
             prepare(model, quantize)
     step = KernelStep(model, model.cache(rows, config.decoder.max_positions + 1))
-    with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
+    # Python before 3.11.8 cannot parse in two threads if a collection lets them take turns
+    # (python/cpython#106905).
+    with uncollected(), ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
         for bucket in needed_buckets(rows):
             step(tokens[:bucket], tokens[:bucket])
 
