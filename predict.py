@@ -14,6 +14,7 @@ description and default is one plain literal without escapes, whatever its lengt
 import asyncio
 import atexit
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,8 @@ class Predictor(BasePredictor):
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
         self.timeout = _setting("XGENMM_TIMEOUT", float)
         favour_model_thread()
+        # What is imported stays. To look through it for garbage would stop all streams for 0.2 s.
+        gc.freeze()
         log.info("loading %s", model)
         self.engine = xgenmm.load(
             model,
