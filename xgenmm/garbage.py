@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Meanwhile the process collects no garbage, if it did before."""
+    """Meanwhile the process collects no garbage; it does again afterwards, if it did before."""
     collecting = gc.isenabled()
     gc.disable()
     try:
