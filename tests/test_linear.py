@@ -1,8 +1,12 @@
 """The linear layers of a float32 model on a CPU against PyTorch's own."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from tests.test_model import random_decoder
 from xgenmm.linear import OneDnnLinear, use_onednn
@@ -36,3 +40,25 @@ def test_results_are_as_exact(
     assert type(layer) is OneDnnLinear
     assert found.shape == (*shape, features)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SiglipMLP(SiglipVisionConfig(hidden_size=24, intermediate_size=37)),
+        lambda: nn.Sequential(nn.Linear(24, 37), nn.GELU(), nn.Linear(37, 24)),
+        lambda: nn.Sequential(nn.Linear(24, 37, bias=False), nn.GELU("tanh")),
+    ],
+    ids=["siglip", "exact", "tanh"],
+)
+@torch.inference_mode()
+def test_gelu_is_part_of_the_layer_before_it(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    block, x = build(), 4 * torch.randn(3, 24)
+    expected = block.double()(x.double())
+    use_onednn(block.float())
+    assert sum(isinstance(module, nn.Identity) for module in block.modules()) == 1
+    for rows in (x, x[:1]):
+        torch.testing.assert_close(
+            block(rows).double(), expected[: len(rows)], rtol=1e-5, atol=1e-5
+        )

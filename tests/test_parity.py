@@ -59,7 +59,10 @@ def test_a_wrong_id_fails_and_is_counted(
 def test_what_is_no_golden_folder_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert main([str(golden_data.folder("tokenizer"))]) == 1  # without --tokenizer
-    assert capsys.readouterr().out.count("0 passed, 1 failed") == 2
+    assert main([str(golden_data.folder("tokenizer")), "--tokenizer", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("0 passed, 1 failed") == 3
+    assert f"FAIL {tmp_path}: its tokenizer needs tokenizer.model or tokenizer.json" in said
 
 
 def test_base_preprocessing() -> None:

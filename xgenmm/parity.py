@@ -93,6 +93,7 @@ def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
 
     Raises:
         ValueError: it is no golden folder, or token cases lack `--tokenizer`.
+        OSError: one of the files is absent or cannot be read.
     """
     try:
         golden = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for case in check_folder(folder, options.tokenizer):
                 print(case, flush=True)
                 passed, failed = passed + case.passed, failed + (not case.passed)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             print(f"FAIL {error}", flush=True)
             failed += 1
     print(f"{passed} passed, {failed} failed")
