@@ -57,7 +57,10 @@ def test_a_row_says_whether_its_goal_is_met() -> None:
     )
 
 
-def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["speed"])
-    assert "no such part: speed; there are http, picture," in capsys.readouterr().err
+def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["speed"], ["http", "--golden", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    said = capsys.readouterr().err
+    assert "no such part: speed; there are http, picture," in said
+    assert f"golden: {tmp_path} has no folder with a model.safetensors in it" in said

@@ -215,6 +215,8 @@ def test_templates() -> None:
             r"^image-column: .* has no column 'url'; it has alt, image",
         ),
         ("table.txt", "", "image", r"^INPUT: .*table\.txt is no table \(\.jsonl, "),
+        ("lines.jsonl", "", "image", r"^INPUT: nothing in .*lines\.jsonl .*: this line is no JSON"),
+        ("tars", "", "image", r"^INPUT: nothing in .*tars can be read.*: .*a\.tar is no tar or"),
         ("broken.parquet", "", "image", r"^INPUT: .*broken\.parquet is no Parquet file"),
         ("broken.csv", "", "image", r"^INPUT: .*broken\.csv, line 1: field larger than"),
     ],
@@ -231,6 +233,9 @@ def test_an_input_that_cannot_be_listed(
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.jsonl").write_text('{"image": "a.png", "alt": "a"}')
     (tmp_path / "table.txt").write_text("a.png")
+    (tmp_path / "lines.jsonl").write_text("a.png\nb.png\n")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "a.tar").write_bytes(b"PAR1")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     (tmp_path / "broken.csv").write_text("image\n" + "a" * 20)
     with pytest.raises(InputError, match=message):
@@ -383,8 +388,10 @@ def test_an_output_belongs_to_one_process_and_to_this_program(tmp_path: Path) ->
         open_shards(tmp_path / "out", "jsonl", 1, {}),
     ):
         pass
-    (tmp_path / "file").write_text("")
-    for output, message in ((tmp_path, "holds other files"), (tmp_path / "file", "is a file")):
+    file = tmp_path / "file"
+    file.write_text("")
+    wrong = ((tmp_path, "holds other files"), (file, "is a file"), (file / "out", "cannot be made"))
+    for output, message in wrong:
         with pytest.raises(InputError, match=message), open_shards(output, "jsonl", 1, {}):
             pass
 

@@ -132,12 +132,16 @@ def survey(source: str, templates: Sequence[str], column: str) -> int:
     Raises InputError for an INPUT that cannot be listed or holds nothing, and for a column that no
     row of it has.
     """
-    count, names = 0, set[str]()
-    for _, columns in _samples(source, column):
+    count, names, first = 0, set[str](), None
+    for record, columns in _samples(source, column):
+        first = first or record
         count += 1
         names |= columns.keys()
-    if not count:
+    if first is None:
         raise InputError("INPUT", f"{source} holds no picture")
+    if not names:
+        problem = str(first.error).removeprefix("INPUT: ")
+        raise InputError("INPUT", f"nothing in {source} can be read; the first row: {problem}")
     wanted = [("image-column", column)]
     wanted += [("template", name) for template in templates for name in template_columns(template)]
     for option, name in wanted:
@@ -381,11 +385,15 @@ def open_shards(
         shard_rows: rows after which a shard is written.
         settings: what every row depends on, as JSON knows it.
 
-    Raises InputError for a folder of something else, of other settings, or of another process.
+    Raises InputError for a folder that cannot be made, or is of something else, of other settings,
+    or of another process.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError("OUTPUT", f"{folder} is a file; give the name of a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("OUTPUT", f"the folder {folder} cannot be made ({error})") from error
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
