@@ -351,7 +351,9 @@ def test_other_settings_need_another_output(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures, output = draw(tmp_path / "pictures", 1), tmp_path / "out"
-    assert caption(pictures, output, checkpoint, "--question", "What?") == 0
+    assert caption(pictures, output, checkpoint, "--dtype", "float17") == 1
+    assert "dtype: 'float17' is not one of" in capsys.readouterr().err
+    assert caption(pictures, output, checkpoint, "--question", "What?") == 0  # nothing was made
     other = shutil.copytree(checkpoint, tmp_path / "other")
     for source, model, options, message in (
         (pictures, checkpoint, ("--question", "Why?"), "made with questions ['What?'], not ['Why?"),

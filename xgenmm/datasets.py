@@ -414,9 +414,10 @@ def open_shards(
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "_settings.json"
-    if not path.exists():
-        if any(folder.iterdir()):
-            raise InputError("OUTPUT", f"{folder} holds other files; choose another one")
+    others = any(other != path for other in folder.iterdir())
+    if others and not path.exists():
+        raise InputError("OUTPUT", f"{folder} holds other files; choose another one")
+    if not others:  # what was there may be of a start that failed for its settings
         text = json.dumps(settings, indent=2) + "\n"
         _write_file(path, lambda file: file.write(text.encode()))
     before = json.loads(path.read_text(encoding="utf-8"))
