@@ -1,7 +1,9 @@
 """The stage as a Ray Data pipeline on a local cluster, whose processes are killed while it runs."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -93,3 +95,16 @@ def test_a_cluster_must_be_there_and_large_enough() -> None:
         stages._actors({"CPU": 3.0}, task, 3)
     with pytest.raises(InputError, match=r"^ray: no cluster at '127\.0\.0\.1:9'"):
         next(with_ray(task, [], "127.0.0.1:9"))
+
+
+def test_what_is_no_cluster_is_named_soon(tmp_path: Path) -> None:
+    draw(tmp_path / "pictures", 1)
+    limits = ("gcs_rpc_server_connect_timeout_s", "py_gcs_connect_timeout_s")
+    environment = os.environ | {f"RAY_{name}": "1" for name in limits}
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # it takes calls and never answers
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        command = [sys.executable, "-m", "xgenmm.caption", str(tmp_path / "pictures")]
+        command += ["-o", str(tmp_path / "out"), "--model", "demo", "--ray", address]
+        ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=60)
+    assert ended.returncode == 1
+    assert f"ray: no cluster at '{address}' (" in ended.stderr.decode()

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from threading import BoundedSemaphore
@@ -233,12 +234,27 @@ def _ray(address: str) -> Any:
             host, _, port = address.removeprefix("ray://").rpartition(":")
             if host and port.isdigit():  # Ray itself looks for it for minutes
                 socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address, **settings)
+            with _asked_once():
+                ray.init(address, **settings)
     except (OSError, ValueError) as error:
         raise InputError("ray", f"no cluster at {address!r} ({error})") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
+
+
+@contextmanager
+def _asked_once() -> Iterator[None]:
+    """Ray asks a cluster once (41 s) and not twenty times: what is there may be something else."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]  # to start a cluster it may take longer
 
 
 def _read_block(block: Any, task: Task) -> Any:
