@@ -837,10 +837,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = everywhere if not given.parts or "all" in given.parts else given.parts
     if "gpu" in names and not (given.tiny or torch.cuda.is_available()):
         parser.error("gpu: PyTorch sees no GPU here; with --tiny it runs, and measures nothing")
-    try:
-        _golden_folders(given.golden)
-    except InputError as error:
-        parser.error(str(error))
+    if given.golden is not None:
+        try:
+            _golden_folders(given.golden)
+        except InputError as error:
+            parser.error(str(error))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = Options(given.requests, given.scenes, given.golden, given.tiny)
     print(f"{machine()}\n\n{HEAD}")

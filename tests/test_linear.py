@@ -62,3 +62,11 @@ def test_gelu_is_part_of_the_layer_before_it(build: Callable[[], nn.Module]) -> 
         torch.testing.assert_close(
             block(rows).double(), expected[: len(rows)], rtol=1e-5, atol=1e-5
         )
+
+
+def test_another_activation_stays() -> None:
+    block = SiglipMLP(SiglipVisionConfig(hidden_size=24, intermediate_size=37, hidden_act="relu"))
+    use_onednn(block)
+    assert isinstance(block.fc1, OneDnnLinear)
+    assert not block.fc1.gelu
+    assert not isinstance(block.activation_fn, nn.Identity)

@@ -51,7 +51,11 @@ def use_onednn(model: nn.Module) -> None:
         if type(module) is nn.Linear and there:
             module.__class__ = OneDnnLinear  # nothing but `forward` differs
     for module in list(model.modules()):
-        if isinstance(module, SiglipMLP) and type(module.fc1) is OneDnnLinear:
+        if (
+            isinstance(module, SiglipMLP)
+            and module.config.hidden_act == "gelu_pytorch_tanh"
+            and isinstance(module.fc1, OneDnnLinear)
+        ):
             module.fc1.gelu = "tanh"
             module.activation_fn = nn.Identity()
         elif isinstance(module, nn.Sequential):
