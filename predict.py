@@ -34,9 +34,9 @@ from cog import (
 
 import xgenmm
 from xgenmm import Engine, InputError, Request, SamplingParams
-from xgenmm.engine import favour_model_thread
-from xgenmm.prompts import parse_messages
-from xgenmm.sampling_params import MOST_BEAMS
+from xgenmm.engine.engine import favour_model_thread
+from xgenmm.engine.sampling_params import MOST_BEAMS
+from xgenmm.preprocessing.prompts import parse_messages
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 

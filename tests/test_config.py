@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from xgenmm.checkpoints.registry import read_config, releases
 from xgenmm.config import GRIDS_384, INTERLEAVE, RELEASES, ConfigError, from_json
 from xgenmm.errors import CheckpointError
-from xgenmm.releases import read_config, releases
 
 # As released: the base model's config.json says any-resolution all the same.
 RELEASED: dict[str, Any] = {

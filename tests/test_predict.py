@@ -16,8 +16,8 @@ from cog import CancelationException
 
 import xgenmm
 from predict import Predictor
+from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.errors import EngineError, InputError
-from xgenmm.sampling_params import MOST_BEAMS
 
 WAIT = 10.0
 INPUTS: dict[str, Any] = {

@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from predict import DEFAULT_MODEL, Predictor
-from xgenmm.prompts import DEFAULT_SYSTEM_PROMPT
-from xgenmm.releases import releases
-from xgenmm.sampling_params import LIMITS, SamplingParams
+from xgenmm.checkpoints.registry import releases
+from xgenmm.engine.sampling_params import LIMITS, SamplingParams
+from xgenmm.preprocessing.prompts import DEFAULT_SYSTEM_PROMPT
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "openapi.json").read_text())

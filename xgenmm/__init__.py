@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from xgenmm.garbage import uncollected
 
 if TYPE_CHECKING:
-    from xgenmm.engine import Answer, Engine, Request, load
+    from xgenmm.engine.engine import Answer, Engine, Request, load
+    from xgenmm.engine.sampling_params import SamplingParams
+    from xgenmm.engine.scheduler import Usage
     from xgenmm.errors import CheckpointError, EngineError, InputError
-    from xgenmm.images import read_picture
-    from xgenmm.prompts import Message
-    from xgenmm.sampling_params import SamplingParams
-    from xgenmm.scheduler import Usage
+    from xgenmm.preprocessing.images import read_picture
+    from xgenmm.preprocessing.prompts import Message
 
 __all__ = [
     "Answer",
@@ -39,10 +39,10 @@ _HOMES = {
     "CheckpointError": "errors",
     "EngineError": "errors",
     "InputError": "errors",
-    "Message": "prompts",
-    "SamplingParams": "sampling_params",
-    "Usage": "scheduler",
-    "read_picture": "images",
+    "Message": "preprocessing.prompts",
+    "SamplingParams": "engine.sampling_params",
+    "Usage": "engine.scheduler",
+    "read_picture": "preprocessing.images",
 }
 
 
@@ -51,4 +51,4 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with uncollected():  # what is imported stays: to look through it would be a fifth of the time
-        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'engine')}"), name)
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'engine.engine')}"), name)

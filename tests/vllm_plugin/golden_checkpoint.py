@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from xgenmm.vllm import ARCHITECTURE
+from xgenmm.vllm_plugin import ARCHITECTURE
 
 WIDENED = 2  # times
 _ATTENTION = ".self_attn."

@@ -13,12 +13,12 @@ from transformers import PretrainedConfig
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 
-from tests import golden_data
+from tests.support import golden_data
 from tests.vllm_plugin import golden_checkpoint
 from tests.vllm_plugin.engines import running
 from xgenmm.config import DecoderConfig
-from xgenmm.images import read_picture
-from xgenmm.vllm import configuration, model
+from xgenmm.preprocessing.images import read_picture
+from xgenmm.vllm_plugin import configuration, model
 
 pytestmark = pytest.mark.timeout(900)
 

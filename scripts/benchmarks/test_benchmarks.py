@@ -1,0 +1,66 @@
+"""The benchmark's parts run, small, and say what they found."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scripts.benchmarks import __main__ as benchmark
+from scripts.benchmarks.__main__ import main
+from scripts.benchmarks.figures import Row
+from scripts.local_server import LocalServer
+
+SMALL = replace(
+    benchmark.MID_SIZE,
+    vision=replace(benchmark.MID_SIZE.vision, num_layers=1),
+    sampler=replace(benchmark.MID_SIZE.sampler, depth=1),
+    decoder=replace(benchmark.MID_SIZE.decoder, num_layers=1),
+)
+
+
+@pytest.mark.parametrize(
+    ("part", "requests", "goals"),
+    [("http", 1, 2), ("picture", 1, 1), ("choices", 7, 2), ("quantised", 1, 0)],
+)
+def test_part(
+    part: str,
+    requests: int,
+    goals: int,
+    server: LocalServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(benchmark, "MID_SIZE", SMALL)
+    monkeypatch.setattr(benchmark, "serving", lambda environment: nullcontext(server))
+    file = tmp_path / "figures.json"
+    status = main([part, "--requests", str(requests), "--scenes", "4", "--json", str(file)])
+    figures = json.loads(file.read_text())
+    met = [row["met"] for row in figures["rows"] if row["met"] is not None]
+    assert len(met) == goals
+    assert status == (0 if all(met) else 1)
+    assert all(row["part"] == part and row["value"] > 0 for row in figures["rows"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == figures["machine"]
+    assert len([line for line in printed if line.startswith(f"| {part} |")]) == len(figures["rows"])
+
+
+def test_a_row_says_whether_its_goal_is_met() -> None:
+    row = Row("http", "16 clients against 1", 4.321, "x", at_least=4)
+    assert str(row) == "| http | 16 clients against 1 | 4.32 x | ≥ 4 x | yes |"
+    missed = Row("picture", "second against first", 0.25, "x", at_most=0.2)
+    assert str(missed) == "| picture | second against first | 0.25 x | ≤ 0.2 x | **no** |"
+    assert str(Row("http", "1 client", 1234.5, "tokens/s")) == (
+        "| http | 1 client | 1,234 tokens/s |  |  |"
+    )
+
+
+def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["speed"], ["http", "--golden", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    said = capsys.readouterr().err
+    assert "no such part: speed; there are http, picture," in said
+    assert f"golden: {tmp_path} has no folder with a model.safetensors in it" in said

@@ -1,0 +1,13 @@
+"""What the original implementation computed, all at once, beside neighbours of other settings."""
+
+import pytest
+
+from scripts.benchmarks.__main__ import run_golden
+from tests.support import golden_data
+
+
+@pytest.mark.parametrize(("name", "known"), [("v15_anyres", 24), ("v1_instruct", 5)])
+def test_golden_ids_beside_neighbours(name: str, known: int) -> None:
+    compared = run_golden(golden_data.folder(name), seed=5)
+    assert sum(one.golden for one in compared) == known
+    assert {one.name: one.found for one in compared} == {one.name: one.expected for one in compared}

@@ -1,0 +1,529 @@
+"""Many requests at once: batching, reuse, fairness and failures, on tiny random checkpoints."""
+
+import asyncio
+import gc
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import xgenmm
+from scripts.benchmarks.__main__ import direct as alone
+from tests.support import tiny
+from xgenmm import Answer, Engine, EngineError, InputError, Message, Request, SamplingParams
+from xgenmm.engine import scheduler as scheduling
+from xgenmm.engine.scheduler import Scheduler
+from xgenmm.preprocessing.tiling import tile_picture
+
+SLOTS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("anyres"))
+
+
+@pytest.fixture(params=[0, 1], ids=["in step", "a step ahead"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    started = xgenmm.load(folder, slots=SLOTS, cache_bytes=1 << 24)
+    scheduler(started).ahead = request.param  # 1 is what a GPU does
+    yield started
+    started.close()
+    assert_all_free(started)
+
+
+@pytest.fixture(scope="module")
+def forgetful(folder: Path) -> Iterator[Engine]:
+    """An engine that keeps nothing: what it says is right."""
+    started = xgenmm.load(folder, slots=1, cache_bytes=0)
+    yield started
+    started.close()
+
+
+def scheduler(engine: Engine) -> Scheduler:
+    (only,) = engine._pool.schedulers
+    return only
+
+
+def assert_all_free(engine: Engine) -> None:
+    for held in engine._pool.schedulers:
+        assert held.busy == 0
+        assert sorted(held._free) == list(range(held.slots))
+
+
+def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+def asking(question: str = "What is it?", *colors: str, **settings: Any) -> Request:
+    limit = settings.pop("limit", 12)
+    return Request(
+        question,
+        [picture(color) for color in colors],
+        sampling=SamplingParams(max_new_tokens=limit, **settings),
+    )
+
+
+def mixed_requests(seed: int, count: int) -> list[Request]:
+    rng = random.Random(seed)
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "seed": 7},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": 8},
+        {"repetition_penalty": 2.0},
+        {"num_beams": 3},
+        {"num_beams": 2, "repetition_penalty": 1.5},
+    ]
+    return [
+        asking(
+            " ".join(rng.choices(("what", "is", "the", "red", "thing"), k=rng.randint(1, 30))),
+            *rng.choices(("red", "blue", "green"), k=rng.randint(0, 2)),
+            limit=rng.randint(1, 25),
+            **rng.choice(settings),
+        )
+        for _ in range(count)
+    ]
+
+
+@contextmanager
+def gate(target: object, name: str) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Hold the calls of a method: (set once one has come, set to let all go on)."""
+    original: Callable[..., Any] = getattr(target, name)
+    come, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        come.set()
+        assert go_on.wait(60)
+        return original(*arguments, **named)
+
+    setattr(target, name, held)
+    try:
+        yield come, go_on
+    finally:
+        go_on.set()
+        setattr(target, name, original)
+
+
+@contextmanager
+def recorded(model: Any, *names: str) -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """The calls of a model's methods, in order."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    originals = {name: getattr(model, name) for name in names}
+
+    def recorder(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls.append((name, arguments))
+            return originals[name](*arguments, **named)
+
+        return call
+
+    for name in names:
+        setattr(model, name, recorder(name))
+    try:
+        yield calls
+    finally:
+        for name in names:
+            setattr(model, name, originals[name])
+
+
+@contextmanager
+def failing(target: object, name: str, error: Exception, times: int) -> Iterator[None]:
+    """The method's next `times` calls raise."""
+    original: Callable[..., Any] = getattr(target, name)
+    left = times
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise error
+        return original(*arguments, **named)
+
+    setattr(target, name, call)
+    try:
+        yield
+    finally:
+        setattr(target, name, original)
+
+
+# Each its own
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_do_not_depend_on_the_neighbours(engine: Engine, seed: int) -> None:
+    requests = mixed_requests(seed, 20)
+    answers = [engine.stream(request) for request in requests]
+    for answer, request in zip(answers, requests, strict=True):
+        assert answer.text() == alone(engine, request), request
+    assert max(answer.usage.batch_size for answer in answers) > 1
+
+
+def test_requests_join_while_others_run(engine: Engine) -> None:
+    with gate(engine.model, "decode") as (come, go_on):
+        first = engine.stream(asking(limit=100))
+        assert come.wait(60)
+        second = engine.stream(asking("And this?", limit=3))
+        go_on.set()
+        assert second.text() == alone(engine, asking("And this?", limit=3))
+    assert first.text() == alone(engine, asking(limit=100))
+    assert second.usage.batch_size == 2
+
+
+def test_more_requests_than_slots_wait_their_turn(engine: Engine) -> None:
+    requests = [asking(f"Number {i}?", limit=20) for i in range(3 * SLOTS)]
+    answers = [engine.stream(request) for request in requests]
+    assert [a.text() for a in answers] == [alone(engine, request) for request in requests]
+    assert max(answer.usage.batch_size for answer in answers) == SLOTS
+    assert answers[-1].usage.queue_time > answers[0].usage.queue_time
+
+
+def test_async_iteration(engine: Engine) -> None:
+    async def text(answer: Answer) -> str:
+        return "".join([piece async for piece in answer])
+
+    async def both() -> list[str]:
+        answers = [engine.stream(asking(question)) for question in ("One?", "Two?")]
+        return await asyncio.gather(*map(text, answers))
+
+    assert asyncio.run(both()) == [alone(engine, asking(q)) for q in ("One?", "Two?")]
+
+
+@pytest.mark.parametrize("engine", [0], indirect=True)  # the gate holds up the host too
+def test_a_reader_whose_loop_is_closed_does_no_harm(engine: Engine) -> None:
+    async def first(answer: Answer) -> str:
+        async for piece in answer:
+            return piece
+        return ""
+
+    with gate(engine.model, "decode") as (come, go_on):
+        answer = engine.stream(asking(limit=100))
+        begun = asyncio.run(first(answer))
+        assert come.wait(60)
+        go_on.set()
+    assert begun + answer.text() == alone(engine, asking(limit=100))
+
+
+# No stream waits long
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_between_steps(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "CHUNK", 16)
+    monkeypatch.setattr(scheduling, "TILES", 5)
+    long = asking("Which?", "red", "blue", "green", "black")
+    expected = alone(engine, long)
+    with recorded(engine.model, "features", "extend", "decode") as calls:
+        with gate(engine.model, "decode") as (come, go_on):
+            running = engine.stream(asking(limit=60))
+            assert come.wait(60)
+            answer = engine.stream(long)
+            go_on.set()
+            assert answer.text() == expected
+        running.cancel()
+        running.text()
+    work = [(name, arguments[0]) for name, arguments in calls]
+    steps = [i for i, (name, _) in enumerate(work) if name == "decode"]
+    between = work[steps[0] : steps[-1]]
+    names = [name for name, _ in between]
+    assert all("decode" in pair for pair in pairwise(names))
+    chunks = [sum(map(len, parts)) for name, parts in between if name == "extend"]
+    tiles = [sum(len(p.pixels) for p in shown) for name, shown in between if name == "features"]
+    assert max(chunks) <= 16
+    assert tiles == [5, 5, 5, 5]
+
+
+def test_waiting_pictures_are_encoded_together(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "TILES", 32)
+    with recorded(engine.model, "features") as calls:
+        with gate(engine.model, "decode") as (come, go_on):
+            running = engine.stream(asking())
+            assert come.wait(60)
+            answers = [engine.stream(asking("What?", color)) for color in ("red", "blue", "red")]
+            go_on.set()
+        assert all(answer.text() for answer in [running, *answers])
+    assert [len(arguments[0]) for _, arguments in calls] == [2]  # the same picture only once
+
+
+# A picture is paid for once
+
+
+def test_a_second_question_prefills_only_its_own_tokens(engine: Engine, forgetful: Engine) -> None:
+    first, second = asking("What is it?", "red", "blue"), asking("Which color?", "red", "blue")
+    engine.stream(first).text()
+    with recorded(engine.model, "features", "extend") as calls:
+        answer = engine.stream(second)
+        assert answer.text() == forgetful.stream(second).text()
+    assert [name for name, _ in calls] == ["extend"]
+    usage = answer.usage
+    assert usage.image_tokens < usage.cached_tokens < usage.prompt_tokens
+    assert sum(len(part) for part in calls[0][1][0]) == usage.prompt_tokens - usage.cached_tokens
+
+
+def test_the_next_turn_reuses_prompt_and_answer(engine: Engine, forgetful: Engine) -> None:
+    first = asking("What is it?", "red", limit=40)
+    said = engine.stream(first)
+    text = said.text()
+    turns = (Message("user", first.question), Message("assistant", text))
+    follow_up = Request("And why?", first.pictures, messages=turns, sampling=first.sampling)
+    answer = engine.stream(follow_up)
+    assert answer.text() == forgetful.stream(follow_up).text()
+    assert answer.usage.cached_tokens > said.usage.prompt_tokens - 32
+
+
+@pytest.mark.parametrize("version", ["v1.5", "v1"])
+def test_never_a_wrong_hit(tmp_path: Path, version: str) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / version, version)
+    warm = xgenmm.load(checkpoint, slots=2, cache_bytes=1 << 24)
+    cold = xgenmm.load(checkpoint, slots=2, cache_bytes=0)
+    almost = picture()
+    almost.putpixel((20, 15), (255, 0, 60))
+    pictures = [picture(), almost, picture(size=(30, 40)), picture(size=(80, 60))]
+    systems = (None, "Be kind.")
+    for question in ("What is it?", "What color is this thing?"):
+        for shown in pictures:
+            for system in systems:
+                request = Request(question, [shown], system, sampling=SamplingParams(8))
+                assert warm.stream(request).text() == cold.stream(request).text()
+    with recorded(warm.model, "features") as calls:
+        warm.stream(Request("Another one?", [almost], sampling=SamplingParams(2))).text()
+    assert calls == []  # known, whatever is asked
+
+
+def test_caches_keep_to_their_budget(folder: Path) -> None:
+    small = xgenmm.load(folder, slots=2, cache_bytes=100_000)
+    held = scheduler(small).caches
+    for number in range(12):
+        request = asking(f"Number {number}?", "red", limit=2)
+        small.stream(Request(request.question, [picture(size=(40 + number, 30))])).cancel()
+        small.stream(request).text()
+        assert held.pictures.used + held.prefixes.store.used <= 100_000
+    assert len(held.prefixes.store) > 0
+    small.close()
+
+
+# Choices
+
+
+def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
+    choices = ("red", "a blue star", "yes", "purple triangle and more")
+    request = Request("What is it?", [picture()], choices=choices)
+    answer = engine.stream(request)
+    said = answer.text()
+
+    prompt = engine.prompt(request)
+    tiles = [tile_picture(picture(), engine.config.tiling, engine.config.vision.image_size)]
+    embeds = engine.model.fuse(prompt, engine.model.encode(tiles))
+    scores = []
+    for choice in choices:
+        ids = engine._choice_ids(choice)
+        whole = torch.cat([embeds, engine.model.embed_ids(ids)])[None]
+        length = whole.shape[1]
+        positions = torch.arange(length)[None]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril().triu(-63)
+        hidden = engine.model.decoder.forward_uncached(whole, positions, mask)
+        logits = engine.model.logits(hidden)[0, len(embeds) - 1 : -1].log_softmax(-1)
+        scores.append(logits.gather(1, torch.tensor(ids)[:, None]).sum())
+    expected = torch.stack(scores).softmax(0)
+    assert answer.usage.choices is not None
+    assert list(answer.usage.choices) == list(choices)
+    assert list(answer.usage.choices.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert said == choices[int(expected.argmax())]
+    assert answer.usage.stop_reason == "end"
+
+
+def test_many_choices_need_several_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request("What?", choices=tuple(f"word {i}" for i in range(40)))
+    whole = engine.stream(request)
+    text = whole.text()
+    monkeypatch.setattr(scheduling, "CHUNK", 20)
+    parts = engine.stream(request)
+    assert parts.text() == text
+    assert parts.usage.choices == pytest.approx(whole.usage.choices, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"choices": ("",)}, r"^choices: each must be a non-empty text"),
+        ({"choices": ("a", "a")}, r"^choices: each may be there only once"),
+        ({"choices": ("a",) * 300}, r"^choices: "),
+        ({"choices": ("long " * 200, "a")}, r"^choices: the longest has more than the \d+ tokens"),
+        ({"choices": ("a",), "json_schema": {}}, r"^json_schema: cannot be combined with choices"),
+        (
+            {"json_schema": {}, "sampling": SamplingParams(num_beams=2)},
+            r"^json_schema: cannot be combined with 2 beams",
+        ),
+        (
+            {"sampling": SamplingParams(num_beams=8)},
+            rf"^num_beams: 8 beams take as many slots and this engine has {SLOTS}",
+        ),
+    ],
+)
+def test_what_cannot_be_asked(engine: Engine, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        engine.stream(Request("What?", **wrong))
+
+
+# Life cycle
+
+
+def test_cancel_frees_the_slot_within_a_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(engine, asking("Me too?", limit=2))
+    monkeypatch.setattr(engine, "end_ids", frozenset())  # no answer ends before it is cancelled
+    answers = [engine.stream(asking(f"{i}?", limit=1000)) for i in range(SLOTS)]
+    pieces = [iter(answer) for answer in answers]
+    for one in pieces:
+        next(one)
+    waiting = engine.stream(asking("Me too?", limit=2))
+    with (
+        recorded(engine.model, "decode", "extend") as calls,
+        gate(engine.model, "decode") as (come, go_on),
+    ):
+        assert come.wait(60)
+        answers[2].cancel()
+        before = len(calls)
+        go_on.set()
+        assert waiting.text() == expected
+    assert answers[2].usage.stop_reason == "cancelled"
+    # The step that was held, and then the one who waited has the slot.
+    assert [name for name, _ in calls[before:]].index("extend") == 1
+    for answer in answers:
+        answer.cancel()
+        answer.text()
+
+
+def test_a_waiting_request_can_be_cancelled(engine: Engine) -> None:
+    with gate(engine.model, "decode") as (come, go_on):
+        answers = [engine.stream(asking(f"{i}?", limit=5)) for i in range(SLOTS + 1)]
+        assert come.wait(60)
+        answers[-1].cancel()
+        go_on.set()
+    assert answers[-1].text() == ""
+    assert answers[-1].usage.stop_reason == "cancelled"
+    assert all(answer.text() for answer in answers[:-1])
+
+
+def test_timeout_ends_the_answer_where_it_is(engine: Engine) -> None:
+    answer = engine.stream(Request("What?", timeout=0.0))
+    assert answer.text() == ""
+    assert answer.usage.stop_reason == "timeout"
+
+
+def test_a_failing_request_fails_alone(engine: Engine) -> None:
+    with gate(engine.model, "decode") as (come, go_on):
+        running = engine.stream(asking(limit=30))
+        assert come.wait(60)
+        with failing(engine.model, "fuse", ValueError("boom"), times=1):
+            wrong = engine.stream(asking("Wrong?"))
+            go_on.set()
+            with pytest.raises(EngineError, match=r"failed in the model: ValueError\('boom'\)"):
+                wrong.text()
+    assert wrong.usage.stop_reason == "failed"
+    assert running.text() == alone(engine, asking(limit=30))
+
+
+def test_a_failing_step_fails_those_in_it_and_the_engine_goes_on(engine: Engine) -> None:
+    with failing(engine.model, "decode", RuntimeError("boom"), times=1):
+        answers = [engine.stream(asking(f"{i}?")) for i in range(2)]
+        failed = 0
+        for answer in answers:
+            try:
+                answer.text()
+            except EngineError:
+                failed += 1
+    assert failed >= 1
+    assert engine.stream(asking()).text() == alone(engine, asking())
+
+
+@pytest.mark.parametrize("method", ["features", "extend", "decode", "fuse"])
+def test_out_of_memory_drops_the_caches_and_tries_once_more(engine: Engine, method: str) -> None:
+    engine.stream(asking("Before?", "blue")).text()
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    request = asking("What?", "red")
+    with failing(engine.model, method, error, times=1):
+        assert engine.stream(request).text() == alone(engine, request)
+    with failing(engine.model, method, error, times=2):
+        answer = engine.stream(asking("Again?", "green"))
+        with pytest.raises(EngineError, match="out of memory"):
+            answer.text()
+    engine.check()
+    assert engine.stream(request).text() == alone(engine, request)
+
+
+def test_close_finishes_what_runs_and_refuses_what_is_new(folder: Path) -> None:
+    closing = xgenmm.load(folder, slots=1)
+    with gate(closing.model, "decode") as (come, go_on):
+        running, waiting = (closing.stream(asking(question)) for question in ("One?", "Two?"))
+        assert come.wait(60)
+        thread = threading.Thread(target=closing.close)
+        thread.start()
+        while not scheduler(closing)._closed:
+            thread.join(0.001)
+        with pytest.raises(EngineError, match="shut down"):
+            closing.stream(asking())
+        go_on.set()
+        thread.join(60)
+    assert running.text() == alone(closing, asking("One?"))
+    assert waiting.text() == alone(closing, asking("Two?"))
+    assert_all_free(closing)
+
+
+def test_check_tells_a_stuck_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.check()
+    with gate(engine.model, "decode") as (come, go_on):
+        answer = engine.stream(asking())
+        assert come.wait(60)
+        engine.check()
+        monkeypatch.setattr(scheduling, "STUCK", 0.0)
+        with pytest.raises(EngineError, match="has made no step for"):
+            engine.check()
+        monkeypatch.undo()
+        go_on.set()
+        assert answer.text()
+    engine.check()
+
+
+def test_check_tells_a_dead_engine_and_nobody_waits_for_it(folder: Path) -> None:
+    dying = xgenmm.load(folder, slots=2)
+    with failing(scheduler(dying), "_admit", SystemError("boom"), times=1):
+        answer = dying.stream(asking())
+        with pytest.raises(EngineError, match=r"the engine stopped: SystemError\('boom'\)"):
+            answer.text()
+        scheduler(dying)._thread.join(60)
+    with pytest.raises(EngineError):
+        dying.check()
+    with pytest.raises(EngineError):
+        dying.stream(asking())
+
+
+def test_an_engine_that_nobody_holds_ends_its_thread(folder: Path) -> None:
+    short = xgenmm.load(folder, slots=1)
+    short.stream(asking()).text()
+    thread = scheduler(short)._thread
+    del short
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_activity_is_summarised(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scheduling, "SUMMARY", 0.0)
+    with caplog.at_level("INFO", logger="xgenmm.engine.scheduler"):
+        engine.stream(asking("What?", "red")).text()
+        engine.close()
+    assert "1 length" in caplog.text or "1 end" in caplog.text
+    assert "tiles encoded" in caplog.text

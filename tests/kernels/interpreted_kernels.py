@@ -1,0 +1,190 @@
+"""The kernels in Triton's interpreter against plain PyTorch; `test_triton_ops.py` runs this.
+
+A module of its own process, as the interpreter must be chosen before the kernels are imported. Its
+products of bfloat16 matrices are wrong (it multiplies the raw bits), so several rows are proved
+in float16 and float32.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.kernels.test_triton_ops import TINY
+from xgenmm.config import DecoderConfig, SamplerConfig, VisionConfig, XGenMMConfig
+from xgenmm.kernels import decode_step as kernel_step
+from xgenmm.kernels import triton_ops as kernels
+from xgenmm.kernels.cuda_graphs import DecodeGraphs
+from xgenmm.kernels.decode_step import KernelStep, rotary_tables
+from xgenmm.models.phi3 import KVCache, rotary_angles
+from xgenmm.models.quantization import KINDS, prepare, quantized
+from xgenmm.models.xgenmm import XGenMM
+
+CPU = torch.device("cpu")
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "tolerance"),
+    [
+        (1, torch.float32, 1e-6),
+        (1, torch.bfloat16, 5e-3),
+        (3, torch.float32, 1e-6),
+        (17, torch.float16, 2e-3),
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear_with_all_that_is_fused(
+    rows: int, dtype: torch.dtype, tolerance: float, gated: bool
+) -> None:
+    torch.manual_seed(0)
+    width, features = 200, 37  # multiples of nothing
+    x, norm = torch.randn(rows, width).to(dtype), (1 + torch.rand(width)).to(dtype)
+    weight = torch.randn(features * (1 + gated), width).to(dtype)
+    residual = torch.randn(rows, features).to(dtype)
+    bias = None if gated else torch.randn(features).to(dtype)
+    wide = F.rms_norm(x.float(), (width,), norm.float(), 1e-5)
+    expected = F.linear(wide, weight.float(), None if bias is None else bias.float())
+    if gated:
+        expected = F.silu(expected[:, :features]) * expected[:, features:]
+    found = kernels.linear(
+        x, weight, norm=norm, eps=1e-5, bias=bias, residual=residual, gated=gated
+    )
+    assert found.dtype == dtype
+    assert relative(found, expected + residual.float()) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear_with_quantised_weights(kind: str, rows: int, gated: bool) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(rows, 64)
+    weight, scale = quantized(torch.randn(40, 64), kind)
+    expected = F.linear(x, weight.float() * scale[:, None])
+    if gated:
+        expected = F.silu(expected[:, :20]) * expected[:, 20:]
+    assert relative(kernels.linear(x, weight, scale=scale, gated=gated), expected) < 1e-6
+
+
+def test_linear_writes_to_a_part_of_a_wider_result() -> None:
+    torch.manual_seed(2)
+    x, weight = torch.randn(2, 32), torch.randn(5, 32)
+    out = torch.zeros(2, 9)
+    kernels.linear(x, weight, out=out[:, 3:8])
+    torch.testing.assert_close(out, F.pad(F.linear(x, weight), (3, 1)))
+
+
+@pytest.mark.parametrize("head_dim", [96, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_and_cache_write(head_dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    heads, room, tolerance = 2, 70, {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    positions = torch.tensor([0, 69, -1])
+    qkv = torch.randn(3, 3 * heads * head_dim).to(dtype)
+    keys, values = torch.randn(2, 4, heads, room, head_dim).to(dtype)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    query = kernels.rotate_and_store(
+        qkv, positions, rotary_tables(room, head_dim, 1e4, CPU), keys, values
+    )
+    parts = qkv.float().view(3, 3, heads, head_dim)
+    angles = rotary_angles(positions[:, None].clamp(min=0), head_dim, 1e4, torch.float32)
+    cosine, sine = (angle[:, 0] for angle in angles)
+    first, second = parts[:, :2].chunk(2, dim=-1)
+    rotated = parts[:, :2] * cosine + torch.cat([-second, first], dim=-1) * sine
+    for row in (0, 1):  # the last one is no row
+        expected_keys[row, :, positions[row]] = rotated[row, 1].to(dtype)
+        expected_values[row, :, positions[row]] = parts[row, 2].to(dtype)
+    torch.testing.assert_close(query.float(), rotated[:, 0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(keys, expected_keys, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(values, expected_values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("window", [20, 100])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "tolerance"), [(96, torch.float32, 1e-5), (32, torch.bfloat16, 1e-2)]
+)
+def test_attention_over_the_window(
+    splits: int, window: int, head_dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(4)
+    heads, room = 2, 70
+    positions = torch.tensor([0, 69, -1, 33])
+    query = torch.randn(4, heads, head_dim).to(dtype)
+    keys, values = torch.randn(2, 5, heads, room, head_dim).to(dtype)
+    arrivals = torch.zeros(4 * heads, dtype=torch.int32)
+    for _ in range(2):  # once more, over the arrivals that the first left
+        found = kernels.attend(query, keys, values, positions, window, splits, arrivals)
+    for row in (0, 1, 3):
+        end = int(positions[row]) + 1
+        seen = slice(max(0, end - window), end)
+        expected = F.scaled_dot_product_attention(
+            query[row, :, None].float(), keys[row, :, seen].float(), values[row, :, seen].float()
+        ).flatten()
+        torch.testing.assert_close(found[row].float(), expected, rtol=0, atol=tolerance)
+    assert found[2].count_nonzero() == 0
+    assert arrivals.count_nonzero() == 0
+
+
+def test_rms_norm_and_silu_multiply() -> None:
+    torch.manual_seed(5)
+    x, weight = torch.randn(3, 42), torch.rand(42)
+    torch.testing.assert_close(
+        kernels.rms_norm(x, weight, 1e-5), F.rms_norm(x, (42,), weight, 1e-5)
+    )
+    torch.testing.assert_close(kernels.silu_multiply(x), F.silu(x[:, :21]) * x[:, 21:])
+
+
+def model(kind: str | None = None) -> XGenMM:
+    torch.manual_seed(6)
+    made = XGenMM(
+        XGenMMConfig(
+            VisionConfig("siglip", 16, 16, 1, 1, 28, 14), SamplerConfig(2, 1, 1, 8), decoder=TINY
+        )
+    )
+    made.eval().requires_grad_(False)
+    if kind is not None:
+        prepare(made.decoder, kind)
+    return made
+
+
+def steps(config: DecoderConfig, rows: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Prompts of different lengths, and two tokens to go on with for each of `rows`."""
+    torch.manual_seed(7)
+    prompts = [torch.randn(3 + 5 * (row % 5), config.hidden_size) for row in range(rows)]
+    tokens = torch.randint(0, config.initial_vocab + config.additional_tokens, (2, rows))
+    return prompts, tokens
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "few"), [(1, None, 16), (1, "fp8", 16), (3, None, 16), (3, None, 2)]
+)
+def test_whole_step_through_the_buckets_equals_the_plain_one(
+    rows: int, kind: str | None, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_step, "FEW_ROWS", few)  # above it the vendor's products
+    monkeypatch.setattr(kernel_step, "PROGRAMS", 8)
+    made = model(kind)
+    prompts, tokens = steps(TINY, rows)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    room = int(lengths.max()) + 2
+    plain, fast = (
+        KVCache.allocate(TINY, rows, room, device=CPU, dtype=torch.float32) for _ in range(2)
+    )
+    for cache in (plain, fast):
+        made.prefill(prompts, cache)
+    graphs = DecodeGraphs(KernelStep(made, fast), rows, CPU, capture=lambda function: function)
+    for step, new in enumerate(tokens):
+        expected = made.decode(new, lengths + step, plain)
+        found = graphs.decode(new, lengths + step)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        fast.keys[:, 0, :, : lengths[0] + 2], plain.keys[:, 0, :, : lengths[0] + 2]
+    )

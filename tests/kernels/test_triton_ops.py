@@ -1,0 +1,150 @@
+"""The Triton kernels: in the interpreter against PyTorch, and compiled for GPUs."""
+
+import gc
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from xgenmm.config import INTERLEAVE, RELEASES, DecoderConfig
+from xgenmm.kernels import triton_ops as kernels
+from xgenmm.kernels.cuda_graphs import compile_kernels, needed_buckets
+from xgenmm.kernels.decode_step import KernelStep
+from xgenmm.models.quantization import prepare
+from xgenmm.models.xgenmm import XGenMM
+
+TINY = DecoderConfig(
+    vocab_size=40,
+    hidden_size=48,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=2,  # of 24: no power of two
+    max_positions=128,
+    sliding_window=19,
+    initial_vocab=37,
+)
+
+
+def test_kernels_equal_pytorch_in_the_interpreter() -> None:
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=file.parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Device:
+    """What Triton asks its driver while it compiles, answered without a device."""
+
+    capability = 90
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> list[CompiledKernel]:
+    """What is compiled while a GPU seems to be there: an H100, or of the capability asked for."""
+    found: list[CompiledKernel] = []
+
+    def note(*, key: str, fn: Any, **told: Any) -> None:
+        found.append(fn.jit_function.device_caches[device.get_current_device()][0][key])
+
+    device = Device()
+    device.capability = getattr(request, "param", device.capability)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+    monkeypatch.setattr(driver, "_active", device)
+    for jit in (f for f in vars(kernels).values() if isinstance(f, triton.JITFunction)):
+        jit.device_caches.clear()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("compiled", "quantize"),
+    [(80, None), (80, "int8"), (90, None), (90, "fp8")],
+    indirect=["compiled"],
+)
+def test_a_full_size_step_compiles_without_spilling(
+    compiled: list[CompiledKernel], quantize: str | None
+) -> None:
+    """For A100 and H100, without either: Triton brings NVIDIA's assembler."""
+    compile_kernels(RELEASES[INTERLEAVE], 64, torch.bfloat16, quantize)
+    assert len(compiled) >= 17
+    for kernel in compiled:
+        assert len(kernel.asm["cubin"]) > 1000
+        assert not re.search(r"\.local\s", kernel.asm["ptx"])
+
+
+def test_a_collection_of_garbage_between_them_fails_no_kernel(
+    compiled: list[CompiledKernel],
+) -> None:
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10)
+    gc.callbacks.append(let_others_run)
+    try:
+        compile_kernels(replace(RELEASES[INTERLEAVE], decoder=TINY), 64, torch.bfloat16)
+    finally:
+        gc.callbacks.remove(let_others_run)
+        gc.set_threshold(*thresholds)
+    assert len(compiled) > 10
+
+
+def let_others_run(*_: object) -> None:
+    time.sleep(1e-5)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_step_launches_what_was_compiled_ahead_and_nothing_else(
+    quantize: str | None, compiled: list[CompiledKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 20
+    config = replace(RELEASES[INTERLEAVE], decoder=TINY)
+    compile_kernels(config, rows, torch.bfloat16, quantize)
+    ahead = len(compiled)
+    assert ahead > 10
+
+    launched = []
+
+    def launch(kernel: Any, grid: object, *arguments: object, **options: object) -> None:
+        launched.append(kernel)
+        kernel.run(*arguments, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(kernels, "_launch", launch)
+    with torch.device("meta"):
+        shell = XGenMM(config)
+    shell.vlm.lang_model.to_empty(device="cpu").bfloat16()
+    if quantize is not None:
+        prepare(shell, quantize)
+    step = KernelStep(shell, shell.cache(rows, TINY.max_positions + 1))
+    for bucket in needed_buckets(rows):
+        step(torch.zeros(bucket, dtype=torch.long), torch.zeros(bucket, dtype=torch.long))
+    assert len(launched) > 50
+    assert len(compiled) == ahead

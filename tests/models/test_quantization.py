@@ -1,0 +1,90 @@
+"""Quantised layers, models, and checkpoints that are quantised while they are read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.models.test_xgenmm import random_decoder, run
+from tests.support import tiny
+from xgenmm.checkpoints.loading import load_parameters
+from xgenmm.checkpoints.registry import read_config
+from xgenmm.errors import InputError
+from xgenmm.models.quantization import KINDS, QuantizedLinear, check_kind, drift, prepare, quantized
+from xgenmm.models.xgenmm import XGenMM
+
+# Largest error of one weight, in its feature's largest weight: half a step of int8, and of fp8 half
+# of the 1/8 between two neighbours at most.
+ERRORS = {"int8": 0.5 / 127, "fp8": 1 / 16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_kept_within_half_a_step(kind: str) -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(20, 64)
+    exact[3] = 0
+    weight, scale = quantized(exact, kind)
+    assert weight.dtype == KINDS[kind][0]
+    error = (weight.float() * scale[:, None] - exact).abs().amax(dim=1)
+    assert (error <= ERRORS[kind] * exact.abs().amax(dim=1) * 1.001).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_layer_multiplies_by_the_stored_weights(kind: str, dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(1)
+    layer = QuantizedLinear(*quantized(torch.randn(48, 64), kind))
+    x = torch.randn(2, rows, 64).to(dtype)
+    expected = F.linear(x.float(), layer.weight.float() * layer.scale[:, None])
+    found = layer(x)
+    assert (found.dtype, found.shape) == (dtype, (2, rows, 48))
+    assert (found.float() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("fp8", 0.1)])
+def test_a_whole_decoder_drifts_little(kind: str, most: float) -> None:
+    decoder = random_decoder()
+    embeds = torch.randn(30, decoder.config.hidden_size)
+    exact = decoder.lm_head(run(decoder, embeds, [20, 10]))
+    prepare(decoder, kind)
+    assert sum(isinstance(layer, QuantizedLinear) for layer in decoder.modules()) == 8
+    moved = drift(exact, decoder.lm_head(run(decoder, embeds, [20, 10])))
+    assert 0 < moved.relative < most
+    assert moved.agreement > 0.8
+    assert moved.divergence >= 0
+
+
+def test_drift_of_the_same_logits_is_nothing_whatever_is_added() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(5, 30)
+    same = drift(logits, logits + 3)
+    assert same.relative == pytest.approx(0, abs=1e-6)
+    assert same.agreement == 1
+    assert same.divergence == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_is_quantised_while_it_is_read(tmp_path: Path, kind: str) -> None:
+    folder = tiny.checkpoint(tmp_path / "tiny")
+    states = []
+    for wanted in (None, kind):
+        with torch.device("meta"):
+            model = XGenMM(read_config(folder))
+        load_parameters(model, folder, device="cpu", dtype=torch.float32, quantize=wanted)
+        states.append(model.state_dict())
+    plain, found = states
+    layers = [name.removesuffix(".scale") for name in found if name.endswith(".scale")]
+    assert len(layers) == 4 * 2
+    for layer in layers:
+        weight, scale = quantized(plain.pop(f"{layer}.weight"), kind)
+        torch.testing.assert_close(found.pop(f"{layer}.weight"), weight, rtol=0, atol=0)
+        torch.testing.assert_close(found.pop(f"{layer}.scale"), scale, rtol=0, atol=0)
+    assert plain.keys() == found.keys()
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="quantize: 'int3' is not one of int8, fp8"):
+        check_kind("int3", torch.device("cpu"))

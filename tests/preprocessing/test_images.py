@@ -1,0 +1,305 @@
+"""Real encoded files of every kind a user may send, made here."""
+
+import io
+import struct
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xgenmm.errors import InputError
+from xgenmm.preprocessing.images import MAX_PIXELS, read_picture
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+ORIENTATION = 0x0112
+
+
+def encoded(picture: Image.Image, file_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def two_colours(mode: str = "RGB") -> Image.Image:
+    """8 x 4, left half red, right half blue."""
+    picture = Image.new("RGB", (8, 4), RED)
+    picture.paste(BLUE, (4, 0, 8, 4))
+    return picture.convert(mode)
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that states a size and holds no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"")
+
+
+def message(source: bytes | str | Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_picture(source, "images")
+    text = str(caught.value)
+    assert text.startswith("images: ")
+    return text
+
+
+# what is read
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("PPM", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG2000", {}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 6),
+        ("JPEG", {"quality": 95, "subsampling": 0, "progressive": True}, 6),
+        ("AVIF", {"quality": 95, "subsampling": "4:4:4"}, 12),
+    ],
+)
+def test_formats(file_format: str, options: dict[str, Any], tolerance: int) -> None:
+    picture = read_picture(encoded(two_colours(), file_format, **options))
+    assert (picture.mode, picture.size) == ("RGB", (8, 4))
+    difference = pixels(picture).astype(int) - pixels(two_colours())
+    assert np.abs(difference).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("mode", "file_format"),
+    [("P", "PNG"), ("P", "GIF"), ("P", "BMP"), ("RGBA", "PNG"), ("CMYK", "TIFF")],
+)
+def test_colour_modes_keep_the_colours(mode: str, file_format: str) -> None:
+    source = two_colours(mode)
+    assert Image.open(io.BytesIO(encoded(source, file_format))).mode == mode
+    picture = read_picture(encoded(source, file_format))
+    assert picture.mode == "RGB"
+    assert np.array_equal(pixels(picture), pixels(two_colours()))
+
+
+def test_cmyk_jpeg() -> None:
+    """Pillow writes these as Adobe does, inverted, and so they must come back."""
+    picture = read_picture(encoded(two_colours("CMYK"), "JPEG", quality=95, subsampling=0))
+    assert np.abs(pixels(picture).astype(int) - pixels(two_colours())).max() <= 12
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_modes(mode: str) -> None:
+    source = Image.new(mode, (2, 1))
+    source.putpixel((1, 0), 255)
+    picture = read_picture(encoded(source, "PNG"))
+    assert pixels(picture).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_transparency_is_laid_on_white() -> None:
+    rgba = Image.new("RGBA", (3, 1), (0, 0, 0, 0))  # black underneath
+    rgba.putpixel((1, 0), (*RED, 255))
+    rgba.putpixel((2, 0), (0, 0, 0, 51))
+    for file_format in ("PNG", "TIFF"):
+        picture = read_picture(encoded(rgba, file_format))
+        assert pixels(picture).tolist() == [[[255] * 3, list(RED), [204] * 3]]
+
+    grey = Image.new("LA", (2, 1), (0, 0))
+    grey.putpixel((1, 0), (40, 255))
+    assert pixels(read_picture(encoded(grey, "PNG"))).tolist() == [[[255] * 3, [40] * 3]]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF"])
+def test_transparent_palette_entry_is_white(file_format: str) -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, *RED])
+    palette.putpixel((1, 0), 1)
+    picture = read_picture(encoded(palette, file_format, transparency=0))
+    assert pixels(picture).tolist() == [[[255] * 3, list(RED)]]
+
+
+def test_transparent_colour_of_an_rgb_file_is_white() -> None:
+    picture = read_picture(encoded(two_colours(), "PNG", transparency=BLUE))
+    assert pixels(picture)[0].tolist() == [list(RED)] * 4 + [[255] * 3] * 4
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(file_format: str) -> None:
+    levels = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+    picture = read_picture(encoded(Image.fromarray(levels), file_format))
+    grey = pixels(picture)[..., 0].astype(int)
+    assert np.array_equal(grey, np.rint(levels / 257))
+    assert (grey.min(), grey.max()) == (0, 255)
+    assert (np.diff(grey.ravel()) >= 0).all()
+
+
+def test_big_endian_sixteen_bits() -> None:
+    source = Image.frombytes("I;16B", (3, 1), struct.pack(">3H", 0, 257 * 100, 65535))
+    picture = read_picture(encoded(source, "TIFF"))
+    assert pixels(picture)[0, :, 0].tolist() == [0, 100, 255]
+
+
+@pytest.mark.parametrize(
+    ("levels", "grey"),
+    [
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+        (np.array([[-51, 0, 204]], np.int32), [0, 51, 255]),
+        (np.array([[0, 10**6, 2 * 10**6]], np.int32), [0, 128, 255]),
+        (np.array([[0.0, 0.2, 1.0]], np.float32), [0, 51, 255]),
+        (np.array([[10.0, 11.0, 20.0]], np.float32), [0, 26, 255]),
+        (np.array([[np.inf, np.nan, 1.0]], np.float32), [0, 0, 255]),
+        (np.array([[7.0, 7.0, 7.0]], np.float32), [0, 0, 0]),
+    ],
+)
+def test_wide_integers_and_floats(levels: np.ndarray, grey: list[int]) -> None:
+    picture = read_picture(encoded(Image.fromarray(levels), "TIFF"))
+    assert pixels(picture)[0, :, 0].tolist() == grey
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_counts(file_format: str) -> None:
+    frames = [Image.new("RGB", (6, 5), colour) for colour in (RED, BLUE)]
+    options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
+    file = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    assert pixels(read_picture(file)).reshape(-1, 3).tolist() == [list(RED)] * 30
+
+
+def test_mpo() -> None:
+    """What many phones and 3D cameras call a JPEG."""
+    file = encoded(two_colours(), "MPO", save_all=True, append_images=[two_colours("L")])
+    assert read_picture(file).size == (8, 4)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_turned_upright(file_format: str, orientation: int) -> None:
+    upright = Image.new("RGB", (32, 16), RED)
+    upright.paste(BLUE, (0, 0, 16, 8))  # one corner: no turn and no mirror image looks the same
+    as_stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"JPEG": {"subsampling": 0}, "WEBP": {"lossless": 1}}.get(file_format, {})
+    picture = read_picture(encoded(as_stored, file_format, exif=exif, **options))
+    assert picture.size == (32, 16)
+    assert np.abs(pixels(picture).astype(int) - pixels(upright)).max() <= 6
+    assert ORIENTATION not in picture.getexif(), "it would be turned again"
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_unknown_orientation_is_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    assert read_picture(encoded(two_colours(), "PNG", exif=exif)).size == (8, 4)
+
+
+def test_broken_exif_is_no_reason_to_refuse() -> None:
+    file = encoded(two_colours(), "JPEG", exif=b"Exif\0\0no tags here")
+    assert read_picture(file).size == (8, 4)
+
+
+def test_sources(tmp_path: Path) -> None:
+    file = encoded(two_colours(), "PNG")
+    path = tmp_path / "two colours.png"
+    path.write_bytes(file)
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    at_the_end = io.BytesIO(file)
+    at_the_end.seek(0, io.SEEK_END)
+    with path.open("rb") as opened:
+        for source in (file, str(path), path, opened, at_the_end, Pipe(file)):
+            assert np.array_equal(pixels(read_picture(source)), pixels(two_colours()))
+        assert not opened.closed
+
+
+def test_one_pixel() -> None:
+    assert read_picture(encoded(Image.new("RGB", (1, 1), RED), "PNG")).getpixel((0, 0)) == RED
+
+
+# what is refused
+
+
+def test_empty(tmp_path: Path) -> None:
+    assert "empty" in message(b"")
+    (tmp_path / "empty.png").touch()
+    assert "empty" in message(tmp_path / "empty.png")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [b"hello", b"\0" * 100, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>"],
+)
+def test_not_a_picture(file: bytes) -> None:
+    assert "no picture" in message(file)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert "No such file" in message(tmp_path / "none.png")
+    assert "directory" in message(str(tmp_path))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_cut_short(file_format: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    file = encoded(Image.fromarray(noise), file_format)
+    assert "damaged" in message(file[: int(len(file) * share)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged TIFF files
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000"])
+def test_damage_never_raises_anything_else(file_format: str) -> None:
+    file = encoded(two_colours().resize((40, 30)), file_format)
+    random = np.random.default_rng(1)
+    for _ in range(60):
+        damaged = bytearray(file)
+        for place in random.integers(0, len(file), 4):
+            damaged[place] = random.integers(256)
+        with suppress(InputError):
+            assert read_picture(bytes(damaged)).mode == "RGB"
+
+
+@pytest.mark.parametrize(("width", "height"), [(8001, 8000), (10_000, 9_000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_large_is_refused_from_the_header(width: int, height: int) -> None:
+    text = message(png_header(width, height))
+    assert f"{width} x {height} pixels, more than the 64 megapixels" in text
+
+
+def test_pillows_own_limit_does_not_speak_first() -> None:
+    assert "more pixels than the 64 megapixels" in message(png_header(100_000, 100_000))
+
+
+@pytest.mark.filterwarnings("error")
+def test_pillows_warning_as_an_error() -> None:
+    assert "more pixels than the 64 megapixels" in message(png_header(10_000, 9_000))
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    assert MAX_PIXELS == 8000 * 8000
+    assert "damaged" in message(png_header(8000, 8000))  # the pixels are missing
+
+
+def test_no_pixels() -> None:
+    assert "no picture" in message(png_header(0, 5))
+    assert "no picture" in message(b"P6 0 5 255\n")

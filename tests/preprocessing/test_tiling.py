@@ -1,0 +1,51 @@
+"""Pictures to tiles, on cases one can follow by hand."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xgenmm.config import GRIDS_384, TilingConfig
+from xgenmm.preprocessing.tiling import best_canvas, fit_canvas, tile_picture
+
+SMALL = TilingConfig(grids=((4, 8), (8, 4), (8, 8), (12, 4), (4, 12)))
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas"),
+    [
+        ((1000, 1000), (768, 768)),
+        ((4000, 1000), (1152, 384)),
+        ((100, 3000), (384, 1152)),
+        ((384, 384), (384, 768)),  # both two-tile canvases keep all; the first in the list wins
+        ((1, 1), (384, 768)),
+        ((700, 380), (768, 384)),
+    ],
+)
+def test_best_canvas(size: tuple[int, int], canvas: tuple[int, int]) -> None:
+    assert best_canvas(size, GRIDS_384) == canvas
+
+
+def test_picture_is_centred_on_black() -> None:
+    canvas = fit_canvas(Image.new("RGB", (100, 20), "white"), (12, 4))
+    rows = [canvas.getpixel((6, y)) for y in range(4)]
+    assert rows == [(255, 255, 255)] * 3 + [(0, 0, 0)]  # 12 x ceil(2.4), (4 - 3) // 2 above it
+
+
+def test_whole_picture_comes_first_then_the_canvas_row_by_row() -> None:
+    picture = Image.new("RGB", (8, 8))
+    for place, color in (((0, 0), 10), ((4, 0), 20), ((0, 4), 30), ((4, 4), 40)):
+        picture.paste((color, color, color), (*place, place[0] + 4, place[1] + 4))
+    tiles = tile_picture(picture, SMALL, 4)
+    assert (tiles.columns, tiles.rows, tiles.picture_size) == (2, 2, (8, 8))
+    assert tiles.pixels.shape == (5, 4, 4, 3)
+    assert tiles.pixels.dtype == np.uint8
+    assert [int(tile[2, 2, 0]) for tile in tiles.pixels[1:]] == [10, 20, 30, 40]
+
+
+def test_squash_and_pad_make_one_tile() -> None:
+    picture = Image.new("RGB", (80, 20), "white")
+    squashed = tile_picture(picture, TilingConfig("squash", ()), 8)
+    padded = tile_picture(picture, TilingConfig("pad", ()), 8)
+    assert squashed.pixels.shape == padded.pixels.shape == (1, 8, 8, 3)
+    assert squashed.pixels.min() == 255
+    assert int(padded.pixels[0, 0, 0, 0]) == 127  # the mean colour

@@ -1,0 +1,64 @@
+"""Checkpoint folders with tiny random weights, of each released family, in the released layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from xgenmm.checkpoints.registry import read_config
+from xgenmm.models.xgenmm import XGenMM
+
+DEMO = Path(__file__).resolve().parents[2] / "weights" / "demo"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+ARCHITECTURES = {
+    "v1.5": "XGenMMModelForConditionalGeneration",
+    "v1": "Blip3ModelForConditionalGeneration",
+}
+
+
+def checkpoint(folder: Path, version: str = "v1.5", *, base: bool = False) -> Path:
+    """Write a checkpoint whose tokenizer is the demo's; `base` takes single tiles and examples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(DEMO / name, folder)
+    demo = json.loads((DEMO / "config.json").read_text())["text_config"]
+    tile = 28
+    config = {
+        "architectures": [ARCHITECTURES[version]],
+        "vision_encoder_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": tile,
+            "patch_size": 14,
+            "output_dim": 16 if version == "v1" else 0,
+        },
+        "vision_tokenizer_config": {"num_latents": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
+        "text_config": {
+            "vocab_size": demo["vocab_size"],
+            "initial_tokenizer_len": demo["initial_tokenizer_len"],
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 256,
+            "sliding_window": 63,
+        },
+    }
+    canvases = [[tile, 2 * tile], [2 * tile, tile], [2 * tile, 2 * tile]]
+    preprocessor = {"grids": None if base else canvases, "size": [tile, tile]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    torch.manual_seed(3)
+    parameters = XGenMM(read_config(folder)).state_dict()
+    parameters["vlm.vision_tokenizer.projection.weight"] *= 20  # so that pictures make a difference
+    save_file(parameters, folder / "model.safetensors")
+    return folder

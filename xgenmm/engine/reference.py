@@ -1,0 +1,91 @@
+"""Prefill and decode steps of one answer: embeddings in, token ids out.
+
+Knows nothing of text. Sampling itself is in `sampling.py`; here are the cache and the loop.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+
+from xgenmm.engine.sampler import BeamSearch, RowSettings, draws, next_tokens, penalise
+from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm.models.xgenmm import XGenMM
+
+
+def generate(
+    model: XGenMM,
+    embeds: torch.Tensor,
+    params: SamplingParams,
+    limit: int,
+    end_ids: Collection[int],
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[int]:
+    """Yield the answer's token ids, at most `limit` of them; none after `cancelled()`.
+
+    A single stream goes on past an end id for as long as one asks it to, each token as it is
+    made. Beams end at `end_ids` and come all at once, the end id included.
+
+    Args:
+        embeds: the fused prompt, [length, decoder width]; `length + limit` fits the context.
+        limit: at most `params.max_new_tokens`.
+        cancelled: asked before each step.
+    """
+    if params.num_beams == 1:
+        return _stream(model, embeds, params, limit, cancelled)
+    return _search(model, embeds, params, limit, end_ids, cancelled)
+
+
+def _stream(
+    model: XGenMM,
+    embeds: torch.Tensor,
+    params: SamplingParams,
+    limit: int,
+    cancelled: Callable[[], bool],
+) -> Iterator[int]:
+    length = embeds.shape[0]
+    cache = model.cache(1, length + limit)
+    settings = RowSettings.of([params], model.device)
+    uniform = draws(params).to(model.device)
+    logits = model.prefill([embeds], cache)
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for step in range(limit):
+        scores = penalise(logits, seen, settings.penalty)
+        token = next_tokens(scores, settings, uniform[step : step + 1])
+        yield int(token)
+        seen[0, token] = True
+        if cancelled():
+            return
+        if step + 1 < limit:
+            position = length + step
+            logits = model.decode(token, token.new_tensor([position]), cache, position + 1)
+
+
+def _search(
+    model: XGenMM,
+    embeds: torch.Tensor,
+    params: SamplingParams,
+    limit: int,
+    end_ids: Collection[int],
+    cancelled: Callable[[], bool],
+) -> Iterator[int]:
+    length, device = embeds.shape[0], model.device
+    search = BeamSearch(params.num_beams, end_ids, limit)
+    settings = RowSettings.of([params], device)
+    prompt = model.cache(1, length)
+    logits = model.prefill([embeds], prompt)
+    cache = model.cache(params.num_beams, length + limit)
+    cache.keys[:, :, :, :length] = prompt.keys
+    cache.values[:, :, :, :length] = prompt.values
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    while True:
+        parents, chosen = search.advance(penalise(logits.log_softmax(-1), seen, settings.penalty))
+        if cancelled():
+            return
+        if search.finished:
+            break
+        rows, tokens = torch.tensor(parents, device=device), torch.tensor(chosen, device=device)
+        seen = seen[rows].scatter(1, tokens[:, None], True)
+        cache.reorder(rows, length)
+        logits = model.decode(tokens, torch.full_like(tokens, length), cache, length + 1)
+        length += 1
+    yield from search.best()

@@ -1,0 +1,296 @@
+"""Check this code against golden data.
+
+    python -m xgenmm.evaluation.parity FOLDER... [--tokenizer FOLDER]
+
+A golden folder holds a `cases.json`, and for a model also `model.safetensors` (random weights under
+the released names), `activations.safetensors` and pictures: what the original implementation
+computed, float32 on CPU. One line a case gives the largest difference of each stage; a folder with
+nothing but token ids is checked with the tokenizer files of `--tokenizer`. Exit status 1 on a
+failure.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import load_file
+
+from xgenmm.config import (
+    DecoderConfig,
+    SamplerConfig,
+    TextConfig,
+    TilingConfig,
+    VisionConfig,
+    XGenMMConfig,
+)
+from xgenmm.engine.reference import generate
+from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm.models.image_features import normalise, padding_mask
+from xgenmm.models.linear import use_onednn
+from xgenmm.models.xgenmm import XGenMM
+from xgenmm.preprocessing.images import read_picture
+from xgenmm.preprocessing.prompts import Prompt
+from xgenmm.preprocessing.tiling import Tiles, tile_picture
+from xgenmm.preprocessing.tokenizer import Convention, Tokens
+
+TOLERANCES: Mapping[str, float] = {
+    "tiles": 1e-6,
+    "mask": 0.0,
+    "features": 1e-4,
+    "vision_tokens": 1e-4,
+    "inputs_embeds": 1e-4,
+    "logits": 1e-3,
+    "ids": 0.0,  # how many positions differ
+}
+
+
+@dataclass
+class Case:
+    """One golden case as it was computed here: the largest difference of each stage."""
+
+    name: str
+    differences: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared and every stage is within its tolerance."""
+        within = (value <= TOLERANCES[_kind(stage)] for stage, value in self.differences.items())
+        return bool(self.differences) and all(within)
+
+    def compare(self, stage: str, expected: torch.Tensor, found: torch.Tensor) -> None:
+        """Record the largest difference; infinite for other shapes, and for NaN."""
+        largest = float("inf")
+        if expected.shape == found.shape:
+            apart = (expected.float() - found.float()).abs()
+            largest = apart.max().item() if apart.numel() else 0.0
+        if largest != largest:
+            largest = float("inf")
+        self.differences[stage] = max(largest, self.differences.get(stage, 0.0))
+
+    def compare_ids(self, stage: str, expected: Sequence[int], found: Sequence[int]) -> None:
+        """Record how many positions differ, missing ones included."""
+        pairs = zip(expected, found, strict=False)
+        apart = sum(a != b for a, b in pairs) + abs(len(expected) - len(found))
+        self.differences[stage] = float(apart)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{stage} {value:.0f} differ" if _kind(stage) == "ids" else f"{stage} {value:.1e}"
+            for stage, value in self.differences.items()
+        ]
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {', '.join(parts) or 'nothing'}"
+
+
+def _kind(stage: str) -> str:
+    return "ids" if stage.endswith("ids") else stage.removesuffix("_pad")
+
+
+def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
+    """Compute every case of a golden folder.
+
+    Raises:
+        ValueError: it is no golden folder, or token cases lack `--tokenizer`.
+        OSError: one of the files is absent or cannot be read.
+    """
+    try:
+        golden = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no golden folder ({error})") from error
+    if "vision" in golden:
+        yield from _check_model(folder, golden)
+    elif tokenizer is None:
+        raise ValueError(f"{folder} holds token ids: name tokenizer files with --tokenizer FOLDER")
+    else:
+        yield from _check_tokens(folder, golden, tokenizer)
+
+
+def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
+    """The configuration of a golden model, from its `cases.json`."""
+    vision, text, sampler = golden["vision"], golden["text"], golden["sampler"]
+    if "width" in vision:  # open_clip's own names
+        tower = VisionConfig(
+            tower="open_clip",
+            hidden_size=vision["width"],
+            intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
+            num_layers=vision["layers"],
+            num_heads=vision["heads"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            output_dim=vision["output_dim"],
+        )
+    else:
+        tower = VisionConfig(
+            tower="siglip",
+            hidden_size=vision["hidden_size"],
+            intermediate_size=vision["intermediate_size"],
+            num_layers=vision["num_hidden_layers"],
+            num_heads=vision["num_attention_heads"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+        )
+    text_tokens = sampler.get("text_tokens", 0)
+    special = golden["special_token_ids"]
+    return XGenMMConfig(
+        vision=tower,
+        sampler=SamplerConfig(
+            num_latents=sampler["num_latents"],
+            depth=sampler["depth"],
+            num_heads=sampler["heads"],
+            head_dim=sampler["dim_head"],
+            text_tokens=text_tokens,
+            masked=not text_tokens,
+        ),
+        decoder=DecoderConfig(
+            vocab_size=text["vocab_size"],
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            num_layers=text["num_hidden_layers"],
+            num_heads=text["num_attention_heads"],
+            max_positions=text["max_position_embeddings"],
+            rms_norm_eps=text["rms_norm_eps"],
+            rope_theta=text["rope_theta"],
+            sliding_window=text["sliding_window"],
+            initial_vocab=golden["initial_tokenizer_len"],
+            additional_tokens=len(special),
+        ),
+        tiling=TilingConfig(
+            mode="anyres" if golden["image_aspect_ratio"] == "anyres" else "squash",
+            grids=tuple((w, h) for w, h in golden.get("anyres_grids", ())),
+            mean=tuple(golden["image_mean"]),
+            std=tuple(golden["image_std"]),
+        ),
+        text=TextConfig(additional=tuple(sorted(special, key=special.__getitem__))),
+    )
+
+
+def golden_prompt(golden: Mapping[str, Any], ids: Sequence[int]) -> Prompt:
+    """Ids with the runs of each picture: `<image>` and the placeholders that follow it."""
+    image = golden["special_token_ids"]["<image>"]
+    placeholder = golden["special_token_ids"]["<image placeholder>"]
+    spans = []
+    for start in (i for i, token in enumerate(ids) if token == image):
+        end = start + 1
+        while end < len(ids) and ids[end] == placeholder:
+            end += 1
+        spans.append((start, end - start))
+    return Prompt(tuple(ids), tuple(spans))
+
+
+def golden_model(folder: Path, golden: Mapping[str, Any]) -> XGenMM:
+    """The golden model with its weights, float32 on the CPU, as `load` makes it ready."""
+    with torch.device("meta"):
+        model = XGenMM(golden_config(golden))
+    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    use_onednn(model)
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _check_model(folder: Path, golden: Mapping[str, Any]) -> Iterator[Case]:
+    model = golden_model(folder, golden)
+    activations = load_file(folder / "activations.safetensors")
+    for description in golden["cases"]:
+        yield _check_case(model, golden, folder, description, activations)
+
+
+def _check_case(
+    model: XGenMM,
+    golden: Mapping[str, Any],
+    folder: Path,
+    description: Mapping[str, Any],
+    activations: Mapping[str, torch.Tensor],
+) -> Case:
+    name, config = description["name"], model.config
+    case = Case(f"{folder.name}/{name}", {})
+    tile = config.vision.image_size
+    pictures = [read_picture(folder / file) for file in description["images"]]
+    tiles = [tile_picture(picture, config.tiling, tile) for picture in pictures]
+    prompt = golden_prompt(golden, description["input_ids"])
+    features = model.features(tiles)
+    vision_tokens = model.vision_tokens(tiles, features, prompt)
+    embeds = model.fuse(prompt, vision_tokens)
+
+    def compare(key: str, stage: str, found: torch.Tensor) -> None:
+        if f"{name}.{key}" in activations:
+            case.compare(stage, activations[f"{name}.{key}"], found)
+
+    def normalised(these: Sequence[Tiles], tiling: TilingConfig) -> list[torch.Tensor]:
+        return [normalise(torch.from_numpy(one.pixels), tiling, torch.float32) for one in these]
+
+    for i, (pixels, one) in enumerate(zip(normalised(tiles, config.tiling), tiles, strict=True)):
+        compare(f"tiles.{i}", "tiles", pixels)
+        mask = padding_mask(one.columns, one.rows, one.picture_size, config.vision.grid)
+        compare(f"mask.{i}", "mask", mask)
+        compare(f"features.{i}", "features", features[i])
+        compare(f"vision_tokens.{i}", "vision_tokens", vision_tokens[i])
+    if tiles and config.tiling.mode != "anyres":  # one tile a picture, stored as one batch
+        padded = replace(config.tiling, mode="pad")
+        squares = [tile_picture(picture, padded, tile) for picture in pictures]
+        compare("pixel_values", "tiles", torch.cat(normalised(tiles, config.tiling)))
+        compare("pixel_values_pad", "tiles_pad", torch.cat(normalised(squares, padded)))
+        compare("features", "features", torch.cat(features))
+        compare("vision_tokens", "vision_tokens", torch.stack(vision_tokens))
+    compare("inputs_embeds", "inputs_embeds", embeds)
+    compare("logits", "logits", all_logits(model, embeds))
+
+    # Greedy decoding never stops at an end id here: the stored ids say how long to go on.
+    end_ids = frozenset({golden["text"]["eos_token_id"]})
+    for stage, beams, penalty in (
+        ("greedy_ids", 1, 1.0),
+        ("greedy_repetition_penalty_2_ids", 1, 2.0),
+        ("beam3_ids", 3, 1.0),
+    ):
+        if stage in description:
+            expected = description[stage]
+            params = SamplingParams(
+                max_new_tokens=len(expected), num_beams=beams, repetition_penalty=penalty
+            )
+            found = list(generate(model, embeds, params, len(expected), end_ids))
+            case.compare_ids(stage, expected, found)
+    return case
+
+
+@torch.inference_mode()
+def all_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
+    """Logits at each position of one prompt: [length, width] -> float32 [length, vocab]."""
+    length = embeds.shape[0]
+    positions = torch.arange(length, device=embeds.device)[None]
+    return model.logits(model.decoder(embeds[None], positions, model.cache(1, length), length))[0]
+
+
+def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> Iterator[Case]:
+    extra = XGenMMConfig().additional_ids
+    tokens = {c: Tokens.from_folder(tokenizer, c, extra) for c in get_args(Convention)}
+    for number, description in enumerate(golden["cases"]):
+        case = Case(f"{folder.name}/{description['kind']}-{number}", {})
+        found = tokens[description["tokenizer"]].encode(description["text"])
+        case.compare_ids("ids", description["ids"], found)
+        yield case
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m xgenmm.evaluation.parity", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer files")
+    options = parser.parse_args(arguments)
+    passed = failed = 0
+    for folder in options.folders:
+        try:
+            for case in check_folder(folder, options.tokenizer):
+                print(case, flush=True)
+                passed, failed = passed + case.passed, failed + (not case.passed)
+        except (OSError, ValueError) as error:
+            print(f"FAIL {error}", flush=True)
+            failed += 1
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
