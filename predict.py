@@ -42,7 +42,7 @@ DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 
 Number = TypeVar("Number", int, float)
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Predictor(BasePredictor):
@@ -59,7 +59,7 @@ class Predictor(BasePredictor):
         favour_model_thread()
         # What is imported stays. To look through it for garbage would stop all streams for 0.2 s.
         gc.freeze()
-        log.info("loading %s", model)
+        logger.info("loading %s", model)
         self.engine = xgenmm.load(
             model,
             device=os.environ.get("XGENMM_DEVICE") or None,
@@ -83,15 +83,15 @@ class Predictor(BasePredictor):
         image: Path | None = Input(
             default=None,
             accept="image/*",
-            description="The picture to ask about: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 64 megapixels. Leave it out to ask about text alone.",
+            description="The image to ask about: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 64 megapixels. Leave it out to ask about text alone.",
         ),
         images: list[Path] | None = Input(
             default=None,
-            description="Further pictures, for a question about several. They come after the first one, in this order.",
+            description="Further images, for a question about several. They come after the first one, in this order.",
         ),
         question: str = Input(
             default="",
-            description="What you want to know. Empty: the picture is described. Pictures go before the question, in order; to place them yourself, write <image> once for each.",
+            description="What you want to know. Empty: the image is described. Images go before the question, in order; to place them yourself, write <image> once for each.",
         ),
         system_prompt: str = Input(
             default="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions.",
@@ -144,7 +144,7 @@ class Predictor(BasePredictor):
         ),
         messages: list[dict[str, str]] | None = Input(
             default=None,
-            description='Earlier turns of the conversation, oldest first: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]. For a base model: worked examples. Pictures of earlier turns come first in order.',
+            description='Earlier turns of the conversation, oldest first: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]. For a base model: worked examples. Images of earlier turns come first in order.',
         ),
         choices: list[str] | None = Input(
             default=None,
@@ -155,7 +155,7 @@ class Predictor(BasePredictor):
             description='The answer is JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}.',
         ),
     ) -> ConcatenateIterator[str]:
-        """Answer a question about pictures, the text streaming while it is made.
+        """Answer a question about images, the text streaming while it is made.
 
         What runs here would hold up all predictions, so the work is left to the generator: Cog
         goes through it in a thread that belongs to the prediction.
@@ -193,10 +193,10 @@ class Predictor(BasePredictor):
         record_metric: Callable[[str, Any], None],
     ) -> Iterator[str]:
         """Yield the answer's pieces until it ends or `prediction` is cancelled; record its cost."""
-        pictures = [
+        images = [
             self.engine.tiles(source.read_bytes(), name) for name, source in _sources(image, images)
         ]
-        answer = self.engine.stream(replace(request, pictures=pictures))
+        answer = self.engine.stream(replace(request, images=images))
         prediction.add_done_callback(lambda _: answer.cancel())
         try:
             yield from answer
@@ -238,7 +238,7 @@ def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
 
 
 def _sources(image: Path | None, images: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The pictures that Cog has fetched, in their order, each with the name of its input.
+    """The images that Cog has fetched, in their order, each with the name of its input.
 
     A `str` is what Cog did not take for an address. It must not be opened: it would be a path on
     this machine, chosen by a stranger.

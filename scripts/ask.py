@@ -1,7 +1,7 @@
-"""Ask a question about a picture through Cog's HTTP server: what `make predict` runs.
+"""Ask a question about an image through Cog's HTTP server: what `make predict` runs.
 
-Starts the server, sends the picture as a data URL, shows the answer as it streams, and stops the
-server again. Left without arguments it asks the demo checkpoint about a picture shipped with it.
+Starts the server, sends the image as a data URL, shows the answer as it streams, and stops the
+server again. Left without arguments it asks the demo checkpoint about an image shipped with it.
 """
 
 import argparse
@@ -25,11 +25,11 @@ PATIENCE = 2.0
 def main() -> int:
     """Run the program; return its exit status."""
     arguments = _arguments()
-    picture, question = arguments.image, arguments.question
-    if picture is None:
-        picture, question = _example(question)
-    if not picture.is_file():
-        print(f"image: there is no file {picture}", file=sys.stderr)
+    image, question = arguments.image, arguments.question
+    if image is None:
+        image, question = _example(question)
+    if not image.is_file():
+        print(f"image: there is no file {image}", file=sys.stderr)
         return 1
     with serving({"XGENMM_MODEL": arguments.model}) as server:
         try:
@@ -37,13 +37,13 @@ def main() -> int:
         except ServerError as failure:
             print(failure, file=sys.stderr)
             return 1
-        return _ask(server.url, picture, question, f"{arguments.model} (loaded in {loaded:.1f} s)")
+        return _ask(server.url, image, question, f"{arguments.model} (loaded in {loaded:.1f} s)")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts.ask", description=__doc__)
-    parser.add_argument("--image", type=_file, help="the picture; default: one that is shipped")
-    parser.add_argument("--question", default="", help="default: describe the picture")
+    parser.add_argument("--image", type=_file, help="the image; default: one that is shipped")
+    parser.add_argument("--question", default="", help="default: describe the image")
     parser.add_argument("--model", default="demo", help="a released name, demo, or a folder")
     arguments = parser.parse_args()
     arguments.model = arguments.model or "demo"
@@ -55,14 +55,14 @@ def _file(text: str) -> Path | None:
 
 
 def _example(question: str) -> tuple[Path, str]:
-    """Return the first shipped picture, and its own question unless another one is asked."""
+    """Return the first shipped image, and its own question unless another one is asked."""
     example = json.loads((EXAMPLES / "questions.json").read_text())[0]
-    return EXAMPLES / example["pictures"][0], question or example["question"]
+    return EXAMPLES / example["images"][0], question or example["question"]
 
 
-def _ask(url: str, picture: Path, question: str, model: str) -> int:
+def _ask(url: str, image: Path, question: str, model: str) -> int:
     print(f"model     {model}")
-    print(f"picture   {os.path.relpath(picture)}")
+    print(f"image   {os.path.relpath(image)}")
     print(f"question  {question or '(none: describe it)'}")
     print("answer    ", end="", flush=True)
     started = time.monotonic()
@@ -70,7 +70,7 @@ def _ask(url: str, picture: Path, question: str, model: str) -> int:
         "POST",
         f"{url}/predictions",
         headers={"Accept": "text/event-stream"},
-        json={"input": {"image": data_url(picture), "question": question}},
+        json={"input": {"image": data_url(image), "question": question}},
         timeout=None,
     ) as response:
         for name, data in events(response):

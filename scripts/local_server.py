@@ -2,7 +2,7 @@
 
 `serving` starts `scripts/serve` on a free port and stops it at the end; the server can be asked
 once `wait_ready` returns. `events` reads an answer that streams, and `data_url` turns a file into
-what an input for a picture takes.
+what an input for an image takes.
 """
 
 import base64

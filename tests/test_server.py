@@ -26,8 +26,8 @@ from scripts.local_server import ROOT, Event, LocalServer, ServerError, events, 
 DEMO = ROOT / "weights" / "demo"
 EXAMPLES_FOLDER = DEMO / "examples"
 EXAMPLES: list[dict[str, Any]] = json.loads((EXAMPLES_FOLDER / "questions.json").read_text())
-ONE = [example for example in EXAMPLES if len(example["pictures"]) == 1]
-TWO = [example for example in EXAMPLES if len(example["pictures"]) == 2]
+ONE = [example for example in EXAMPLES if len(example["images"]) == 1]
+TWO = [example for example in EXAMPLES if len(example["images"]) == 2]
 SECONDS = 120.0
 METRICS = {
     "prompt_tokens",
@@ -69,7 +69,7 @@ def endless_server(endless: Path) -> Iterator[LocalServer]:
         yield started
 
 
-def picture(name: str) -> Image.Image:
+def scene_image(name: str) -> Image.Image:
     return Image.open(EXAMPLES_FOLDER / name).convert("RGB")
 
 
@@ -166,14 +166,14 @@ def wait_refused(server: LocalServer) -> None:
 def assert_answers(server: LocalServer) -> None:
     """The server is in order: it gives a right answer."""
     asked = ONE[0]
-    image = data_url(picture(asked["pictures"][0]))
+    image = data_url(scene_image(asked["images"][0]))
     assert answer(ask(server, image=image, question=asked["question"])) == asked["answer"]
 
 
 @pytest.mark.parametrize("asked", ONE, ids=lambda asked: asked["question"])
 def test_jpeg_as_data_url(server: LocalServer, asked: dict[str, Any]) -> None:
     prediction = ask(
-        server, image=data_url(picture(asked["pictures"][0])), question=asked["question"]
+        server, image=data_url(scene_image(asked["images"][0])), question=asked["question"]
     )
     assert answer(prediction) == asked["answer"]
     assert prediction["metrics"].keys() >= METRICS
@@ -181,39 +181,37 @@ def test_jpeg_as_data_url(server: LocalServer, asked: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("asked", TWO, ids=lambda asked: asked["question"])
-def test_two_pictures(server: LocalServer, asked: dict[str, Any]) -> None:
-    first, second = (data_url(picture(name)) for name in asked["pictures"])
+def test_two_images(server: LocalServer, asked: dict[str, Any]) -> None:
+    first, second = (data_url(scene_image(name)) for name in asked["images"])
     both = ask(server, image=first, images=[second], question=asked["question"])
     listed = ask(server, images=[first, second], question=asked["question"])
     assert answer(both) == answer(listed) == asked["answer"]
 
 
-def test_picture_from_an_http_address(
-    server: LocalServer, file_server: str, tmp_path: Path
-) -> None:
+def test_image_from_an_http_address(server: LocalServer, file_server: str, tmp_path: Path) -> None:
     asked = ONE[0]
-    picture(asked["pictures"][0]).save(tmp_path / "scene.jpg", quality=95)
+    scene_image(asked["images"][0]).save(tmp_path / "scene.jpg", quality=95)
     prediction = ask(server, image=f"{file_server}/scene.jpg", question=asked["question"])
     assert answer(prediction) == asked["answer"]
 
 
 def test_no_question_is_a_caption(server: LocalServer) -> None:
-    image = data_url(picture(ONE[0]["pictures"][0]))
+    image = data_url(scene_image(ONE[0]["images"][0]))
     caption = answer(ask(server, image=image))
     assert caption == answer(ask(server, image=image, question="Describe the image."))
     assert len(caption.split()) > 3
 
 
-def test_image_mark_places_the_picture(server: LocalServer) -> None:
+def test_image_mark_places_the_image(server: LocalServer) -> None:
     asked = ONE[0]
-    image = data_url(picture(asked["pictures"][0]))
+    image = data_url(scene_image(asked["images"][0]))
     placed = ask(server, image=image, question=f"<image>\n{asked['question']}")
     assert answer(placed) == asked["answer"]
 
 
 def test_same_seed_same_answer(server: LocalServer) -> None:
     inputs = {
-        "image": data_url(picture(ONE[0]["pictures"][0])),
+        "image": data_url(scene_image(ONE[0]["images"][0])),
         "temperature": 2,
         "seed": 7,
         "max_new_tokens": 20,
@@ -222,7 +220,7 @@ def test_same_seed_same_answer(server: LocalServer) -> None:
 
 
 def test_limits_of_the_answer(server: LocalServer) -> None:
-    image = data_url(picture(ONE[0]["pictures"][0]))
+    image = data_url(scene_image(ONE[0]["images"][0]))
     whole = answer(ask(server, image=image))
     cut = ask(server, image=image, max_new_tokens=2)
     assert whole.startswith(answer(cut))
@@ -236,13 +234,13 @@ def test_limits_of_the_answer(server: LocalServer) -> None:
 
 def test_beams_give_an_answer(server: LocalServer) -> None:
     asked = ONE[0]
-    image = data_url(picture(asked["pictures"][0]))
+    image = data_url(scene_image(asked["images"][0]))
     prediction = ask(server, image=image, question=asked["question"], num_beams=3)
     assert answer(prediction) == asked["answer"]
 
 
 def test_stream_carries_the_same_text(server: LocalServer) -> None:
-    image = data_url(picture(ONE[0]["pictures"][0]))
+    image = data_url(scene_image(ONE[0]["images"][0]))
     with streamed(server, "whole-stream", image=image) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         seen = list(events(response))
@@ -267,7 +265,7 @@ def test_stream_comes_while_the_answer_is_made(endless_server: LocalServer) -> N
 
 def test_many_askers_get_their_own_answers(server: LocalServer) -> None:
     def ask_example(asked: dict[str, Any]) -> str:
-        images = [data_url(picture(name)) for name in asked["pictures"]]
+        images = [data_url(scene_image(name)) for name in asked["images"]]
         return answer(ask(server, images=images, question=asked["question"]))
 
     crowd = (EXAMPLES * 16)[:32]
@@ -345,7 +343,7 @@ def test_choices(server: LocalServer) -> None:
     choices = ["a sunny day", asked["answer"], "seven"]
     prediction = ask(
         server,
-        image=data_url(picture(asked["pictures"][0])),
+        image=data_url(scene_image(asked["images"][0])),
         question=asked["question"],
         choices=choices,
     )
@@ -364,7 +362,7 @@ def test_json_schema(server: LocalServer) -> None:
         "required": ["color", "circles"],
         "additionalProperties": False,
     }
-    image = data_url(picture(ONE[0]["pictures"][0]))
+    image = data_url(scene_image(ONE[0]["images"][0]))
     prediction = ask(server, image=image, question="What do you see?", json_schema=schema)
     jsonschema.validate(json.loads(answer(prediction)), schema)
     assert "choices" not in prediction["metrics"]
@@ -388,7 +386,7 @@ def test_demo_says_in_the_log_what_it_is(server: LocalServer) -> None:
 
 
 def oversized_png() -> bytes:
-    """The header of a picture of 10,000 x 10,000 pixels, and nothing more."""
+    """The header of an image of 10,000 x 10,000 pixels, and nothing more."""
     header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     return (
@@ -397,22 +395,22 @@ def oversized_png() -> bytes:
 
 
 def scene() -> str:
-    return data_url(picture(ONE[0]["pictures"][0]))
+    return data_url(scene_image(ONE[0]["images"][0]))
 
 
 BAD_INPUTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "nothing": (lambda: {}, "question: "),
-    "no picture where one is placed": (lambda: {"question": "<image> What is it?"}, "1"),
-    "one mark for two pictures": (
+    "no image where one is placed": (lambda: {"question": "<image> What is it?"}, "1"),
+    "one mark for two images": (
         lambda: {"images": [scene(), scene()], "question": "<image> What is it?"},
         "2",
     ),
     "empty file": (lambda: {"image": data_url(b"")}, "image: the file is empty"),
-    "no picture": (lambda: {"image": data_url(b"hello")}, "image: "),
-    "second picture damaged": (lambda: {"images": [scene(), data_url(b"x")]}, "images[1]: "),
+    "no image": (lambda: {"image": data_url(b"hello")}, "image: "),
+    "second image damaged": (lambda: {"images": [scene(), data_url(b"x")]}, "images[1]: "),
     "over 64 megapixels": (lambda: {"image": data_url(oversized_png(), "PNG")}, "image: "),
     "file of the server": (lambda: {"image": str(ROOT / "LICENSE")}, "image: must be an http"),
-    "address among pictures": (lambda: {"images": [scene(), "b.png"]}, "images[1]: must be"),
+    "address among images": (lambda: {"images": [scene(), "b.png"]}, "images[1]: must be"),
     "prompt too long": (lambda: {"question": "star " * 10_000}, "question: "),
     "role": (
         lambda: {"question": "?", "messages": [{"role": "god", "content": "?"}]},

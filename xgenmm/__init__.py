@@ -1,10 +1,10 @@
-"""xGen-MM (BLIP-3) in PyTorch: ask questions about pictures, and stream the answers.
+"""xGen-MM (BLIP-3) in PyTorch: ask questions about images, and stream the answers.
 
 import xgenmm
 
 engine = xgenmm.load("demo")
-picture = xgenmm.read_picture("star.png")
-for text in engine.stream(xgenmm.Request("What color is the star?", [picture])):
+image = xgenmm.read_picture("star.png")
+for text in engine.stream(xgenmm.Request("What color is the star?", [image])):
     print(text, end="", flush=True)
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xgenmm.engine.sampling_params import SamplingParams
     from xgenmm.engine.scheduler import Usage
     from xgenmm.errors import CheckpointError, EngineError, InputError
-    from xgenmm.preprocessing.images import read_picture
+    from xgenmm.preprocessing.images import read_image
     from xgenmm.preprocessing.prompts import Message
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "SamplingParams",
     "Usage",
     "load",
-    "read_picture",
+    "read_image",
 ]
 
 _HOMES = {
@@ -42,7 +42,7 @@ _HOMES = {
     "Message": "preprocessing.prompts",
     "SamplingParams": "engine.sampling_params",
     "Usage": "engine.scheduler",
-    "read_picture": "preprocessing.images",
+    "read_image": "preprocessing.images",
 }
 
 

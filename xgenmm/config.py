@@ -41,7 +41,7 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class ResamplerConfig:
     """Sizes of the Perceiver resampler. `text_tokens` > 0 makes it instruction-aware (v1)."""
 
     num_latents: int = 128
@@ -89,7 +89,7 @@ GRIDS_378: tuple[Size, ...] = ((378, 756), (756, 378), (756, 756), (1134, 378), 
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How a picture becomes tiles. `grids` are canvases in pixels, (width, height)."""
+    """How an image becomes tiles. `grids` are canvases in pixels, (width, height)."""
 
     mode: Literal["anyres", "squash", "pad"] = "anyres"
     grids: tuple[Size, ...] = GRIDS_384
@@ -113,7 +113,7 @@ class XGenMMConfig:
     """Everything that a checkpoint's weights do not say themselves."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     tiling: TilingConfig = field(default_factory=TilingConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -130,7 +130,7 @@ _VIT_H = VisionConfig("open_clip", 1280, 5120, 32, 16, 378, 14, output_dim=1024)
 _ANYRES_V1 = TilingConfig("anyres", GRIDS_378, CLIP_MEAN, CLIP_STD)
 _SQUASH_V1 = TilingConfig("squash", (), CLIP_MEAN, CLIP_STD)
 _SQUASH = TilingConfig("squash", ())
-_TEXT_AWARE = SamplerConfig(text_tokens=256, masked=False)
+_INSTRUCTION_AWARE = ResamplerConfig(text_tokens=256, masked=False)
 _FEW_SHOT = TextConfig(
     "fast",
     "few_shot",
@@ -144,7 +144,7 @@ RELEASES: dict[str, XGenMMConfig] = {
     "xgen-mm-phi3-mini-instruct-singleimg-r-v1.5": XGenMMConfig(),
     "xgen-mm-phi3-mini-instruct-dpo-r-v1.5": XGenMMConfig(),
     "xgen-mm-phi3-mini-base-r-v1.5": XGenMMConfig(tiling=_SQUASH, text=_FEW_SHOT),
-    "xgen-mm-phi3-mini-instruct-r-v1": XGenMMConfig(_VIT_H, _TEXT_AWARE, tiling=_ANYRES_V1),
+    "xgen-mm-phi3-mini-instruct-r-v1": XGenMMConfig(_VIT_H, _INSTRUCTION_AWARE, tiling=_ANYRES_V1),
     "xgen-mm-phi3-mini-base-r-v1": XGenMMConfig(_VIT_H, tiling=_SQUASH_V1, text=_FEW_SHOT),
 }
 
@@ -164,7 +164,7 @@ def from_json(
     """
     base = RELEASES[release] if release in RELEASES else _family(config, preprocessor)
     vision = config.get("vision_encoder_config", {})
-    sampler = config.get("vision_tokenizer_config", {})
+    resampler = config.get("vision_tokenizer_config", {})
     text = config.get("text_config", {})
     tiling = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
     if base.tiling.mode == "anyres":
@@ -172,7 +172,7 @@ def from_json(
     return dataclasses.replace(
         base,
         vision=_override(base.vision, vision, _VISION_KEYS),
-        sampler=_override(base.sampler, sampler, {}),
+        resampler=_override(base.resampler, resampler, {}),
         decoder=_override(base.decoder, text, _TEXT_KEYS),
         tiling=_override(base.tiling, tiling, {}),
         demo=bool(config.get("demo", False)),
@@ -204,7 +204,7 @@ def _family(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> XGenM
     return RELEASES[name]
 
 
-ConfigT = TypeVar("ConfigT", VisionConfig, SamplerConfig, DecoderConfig, TilingConfig)
+ConfigT = TypeVar("ConfigT", VisionConfig, ResamplerConfig, DecoderConfig, TilingConfig)
 
 
 def _override(base: ConfigT, stated: Mapping[str, Any], names: Mapping[str, str]) -> ConfigT:

@@ -6,7 +6,7 @@ machine does meets both. A part is a function of `Options` that returns its rows
 
 http      demo checkpoint on two cores: 16 clients of Cog's server against one; one request through
           the engine against the same model without it
-picture   a mid-size random model: the second question about a picture against the first
+image   a mid-size random model: the second question about an image against the first
 golden    what the original implementation computed, all at once, beside other requests
 soak      random requests, good and bad, read, cancelled and left: slots, memory, outcomes
 choices   the demo's scenes: right answers by `choices` against free ones; JSON by a schema
@@ -52,21 +52,21 @@ from scripts.benchmarks.figures import HEAD, Row
 from scripts.demo_model import world
 from scripts.demo_model.training import EVALUATION_SEED
 from scripts.local_server import ROOT, LocalServer, predict, serving
-from xgenmm.config import DecoderConfig, SamplerConfig, VisionConfig, XGenMMConfig
+from xgenmm.config import DecoderConfig, ResamplerConfig, VisionConfig, XGenMMConfig
 from xgenmm.engine.engine import Answer, Engine, Request
 from xgenmm.engine.pool import SchedulerPool
-from xgenmm.engine.prefix_cache import PromptKeys
+from xgenmm.engine.prefix_cache import PromptHashes
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.engine.scheduler import Job, StopReason
+from xgenmm.engine.scheduler import EngineRequest, StopReason
 from xgenmm.errors import EngineError, InputError
 from xgenmm.evaluation.parity import golden_model, golden_prompt
-from xgenmm.models.quantization import KINDS, drift
+from xgenmm.models.quantization import QUANTIZATIONS, drift
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.images import read_picture
+from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Message, Prompt
-from xgenmm.preprocessing.tiling import Tiles, tile_picture
-from xgenmm.preprocessing.tokenizer import Tokens
+from xgenmm.preprocessing.tiling import TiledImage, tile_image
+from xgenmm.preprocessing.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def http(options: Options) -> list[Row]:
         mixed = [own[number % len(own)] for number, own in enumerate(conversations)]
         through, without = _latencies(mixed)
     relative = statistics.median(a / b for a, b in zip(through, without, strict=True))
-    workload = f"on each picture {captions} captions, then {len(SHORT)} short questions"
+    workload = f"on each image {captions} captions, then {len(SHORT)} short questions"
     return [
         Row("http", f"1 client ({workload})", one, "tokens/s"),
         Row("http", f"{CLIENTS} clients (the same)", many, "tokens/s"),
@@ -119,21 +119,21 @@ def http(options: Options) -> list[Row]:
 
 
 def _conversations(count: int) -> list[list[Request]]:
-    """Pictures, each with what one client asks about it, in turn."""
+    """Images, each with what one client asks about it, in turn."""
     found: list[list[Request]] = []
     for group in _groups(2 * count + 8):  # not every scene allows all kinds of questions
         asked = {case.kind: case.question for case in group}
         if asked.keys() >= {"caption", *SHORT}:
             questions = [*world.WORDINGS["caption"], *(asked[kind] for kind in SHORT)]
-            pictures = group[0].pictures
-            found.append([Request(question, pictures) for question in questions])
+            images = group[0].images
+            found.append([Request(question, images) for question in questions])
     return found[:count]
 
 
 def _served(conversations: Sequence[Sequence[Request]]) -> tuple[float, float]:
     """Tokens a second of one client and of many: medians of rounds in turns.
 
-    No two rounds show the same picture, so that each one pays for its own.
+    No two rounds show the same image, so that each one pays for its own.
     """
     bodies = iter([list(map(_body, own)) for own in conversations])
     share = max(1, len(conversations) // ROUNDS)
@@ -167,12 +167,12 @@ def _rate(server: LocalServer, clients: int, conversations: Sequence[Sequence[by
 
 
 def _body(request: Request) -> bytes:
-    (picture,) = request.pictures
-    assert isinstance(picture, Image.Image)
+    (image,) = request.images
+    assert isinstance(image, Image.Image)
     file = io.BytesIO()
-    picture.save(file, "PNG")
-    image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return json.dumps({"input": {"image": image, "question": request.question}}).encode()
+    image.save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return json.dumps({"input": {"image": url, "question": request.question}}).encode()
 
 
 def _latencies(requests: Sequence[Request]) -> tuple[list[float], list[float]]:
@@ -210,10 +210,10 @@ def direct(engine: Engine, request: Request) -> str:
 
 @torch.inference_mode()
 def _fused(engine: Engine, request: Request) -> torch.Tensor:
-    """A request's prompt with its pictures, [positions, width]."""
+    """A request's prompt with its images, [positions, width]."""
     prompt = engine.prompt(request)
-    tiles = [engine.tiles(picture) for picture in request.pictures]
-    return engine.model.fuse(prompt, engine.model.encode(tiles, prompt))
+    tiles = [engine.tiles(image) for image in request.images]
+    return engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles, prompt))
 
 
 @contextlib.contextmanager
@@ -229,11 +229,11 @@ def _cores(count: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# picture: a picture is paid for once
+# image: an image is paid for once
 
 MID_SIZE = XGenMMConfig(
     vision=VisionConfig("siglip", 384, 1536, 12, 6, image_size=384, patch_size=14),
-    sampler=SamplerConfig(num_latents=128, depth=6, num_heads=8, head_dim=48),
+    resampler=ResamplerConfig(num_latents=128, depth=6, num_heads=8, head_dim=48),
     decoder=DecoderConfig(
         vocab_size=704,  # the demo's words
         hidden_size=768,
@@ -245,10 +245,10 @@ MID_SIZE = XGenMMConfig(
 )
 
 
-def picture(options: Options) -> list[Row]:
-    """The time to the first token of a second question about a picture against the first's."""
+def image(options: Options) -> list[Row]:
+    """The time to the first token of a second question about an image against the first's."""
     torch.manual_seed(0)
-    tokens = Tokens.from_folder(DEMO, MID_SIZE.text.convention, MID_SIZE.additional_ids)
+    tokens = Tokenizer.from_folder(DEMO, MID_SIZE.text.convention, MID_SIZE.additional_ids)
     engine = Engine(XGenMM(MID_SIZE), tokens, slots=1, cache_bytes=1 << 30)
     rng = random.Random(0)
 
@@ -263,15 +263,15 @@ def picture(options: Options) -> list[Row]:
     first_token(_noise(rng, (768, 768)), "Warm?")
     for _ in range(options.requests or 5):
         shown = _noise(rng, (768, 768))  # 2 x 2 tiles and the whole
-        first.append(first_token(shown, "What is in this picture?"))
+        first.append(first_token(shown, "What is in this image?"))
         second.append(first_token(shown, "How many red shapes are there?"))
     engine.close()
     relative = statistics.median(b / a for a, b in zip(first, second, strict=True))
     what = "time to first token, 5 tiles"
     return [
-        Row("picture", f"{what}: first question", statistics.median(first), "s"),
-        Row("picture", f"{what}: second question", statistics.median(second), "s"),
-        Row("picture", "second against first", relative, "x", at_most=0.2),
+        Row("image", f"{what}: first question", statistics.median(first), "s"),
+        Row("image", f"{what}: second question", statistics.median(second), "s"),
+        Row("image", "second against first", relative, "x", at_most=0.2),
     ]
 
 
@@ -284,7 +284,7 @@ def _noise(rng: random.Random, size: tuple[int, int]) -> Image.Image:
 
 @dataclass
 class Collected:
-    """A `Receiver` that keeps the ids and never ends an answer by itself."""
+    """A `OutputSink` that keeps the ids and never ends an answer by itself."""
 
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
@@ -358,12 +358,12 @@ def run_golden(folder: Path, seed: int) -> list[Compared]:
     description = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
     model, rng = golden_model(folder, description), random.Random(seed)
     end_ids = frozenset({description["text"]["eos_token_id"]})
-    planned: list[tuple[str, bool, list[int], Job, Collected]] = []
+    planned: list[tuple[str, bool, list[int], EngineRequest, Collected]] = []
     for case in description["cases"]:
         prompt = golden_prompt(description, case["input_ids"])
-        pictures = [read_picture(folder / file) for file in case["images"]]
+        images = [read_image(folder / file) for file in case["images"]]
         tile = model.config.vision.image_size
-        tiles = [tile_picture(shown, model.config.tiling, tile) for shown in pictures]
+        tiles = [tile_image(shown, model.config.tiling, tile) for shown in images]
         for stage, settings in _golden_settings(case, rng):
             ids = case.get(stage) or _alone(model, prompt, tiles, settings, end_ids)
             collected = Collected()
@@ -410,16 +410,16 @@ def _golden_settings(
 def _job(
     model: XGenMM,
     prompt: Prompt,
-    tiles: Sequence[Tiles],
+    tiles: Sequence[TiledImage],
     settings: SamplingParams,
     receiver: Collected,
-) -> Job:
-    sampler = model.config.sampler
-    instructed = sampler.text_tokens > 0
-    return Job(
+) -> EngineRequest:
+    resampler = model.config.resampler
+    instructed = resampler.text_tokens > 0
+    return EngineRequest(
         prompt=prompt,
-        pictures=tiles,
-        keys=PromptKeys.of(prompt, tiles, sampler.num_latents, instructed=instructed),
+        images=tiles,
+        keys=PromptHashes.of(prompt, tiles, resampler.num_latents, instructed=instructed),
         params=settings,
         limit=settings.max_new_tokens,
         receiver=receiver,
@@ -430,11 +430,11 @@ def _job(
 def _alone(
     model: XGenMM,
     prompt: Prompt,
-    tiles: Sequence[Tiles],
+    tiles: Sequence[TiledImage],
     settings: SamplingParams,
     end_ids: Collection[int],
 ) -> list[int]:
-    embeds = model.fuse(prompt, model.encode(tiles, prompt))
+    embeds = model.merge_multimodal_embeddings(prompt, model.encode(tiles, prompt))
     return list(generate(model, embeds, settings, settings.max_new_tokens, end_ids))
 
 
@@ -580,9 +580,9 @@ def _visit(rng: random.Random, shown: Sequence[Image.Image], engine: Engine) -> 
 
 
 def _good_request(rng: random.Random, shown: Sequence[Image.Image]) -> Request:
-    pictures = rng.sample(shown, rng.choice((0, 1, 1, 1, 2)))
+    images = rng.sample(shown, rng.choice((0, 1, 1, 1, 2)))
     sampling = SamplingParams(max_new_tokens=rng.choice((1, rng.randint(2, 12), 48)))
-    asked = Request("word " * rng.randint(1, 20) + "?", pictures, sampling=sampling)
+    asked = Request("word " * rng.randint(1, 20) + "?", images, sampling=sampling)
     settings: dict[str, Any] = rng.choice(
         (
             {},
@@ -604,8 +604,8 @@ def _good_request(rng: random.Random, shown: Sequence[Image.Image]) -> Request:
             {"messages": (Message("user", "one"), Message("assistant", "two"))},
         )
     )
-    # In a conversation pictures are placed.
-    marks = "<image> " * len(pictures) if "messages" in other else ""
+    # In a conversation images are placed.
+    marks = "<image> " * len(images) if "messages" in other else ""
     return replace(asked, question=marks + asked.question, **other)
 
 
@@ -618,11 +618,11 @@ def _bad_requests(
     cut = file.getvalue()[: rng.randint(20, len(file.getvalue()) // 2)]
     too_long = "word " * engine.config.decoder.max_positions
     return [
-        ("empty file", lambda: Request("?", [read_picture(b"")])),
-        ("no picture", lambda: Request("?", [read_picture(rng.randbytes(99))])),
-        ("cut picture", lambda: Request("?", [read_picture(cut)])),
+        ("empty file", lambda: Request("?", [read_image(b"")])),
+        ("no image", lambda: Request("?", [read_image(rng.randbytes(99))])),
+        ("cut image", lambda: Request("?", [read_image(cut)])),
         ("nothing", lambda: Request(" ")),
-        ("two marks for one picture", lambda: Request("<image> <image>", shown[:1])),
+        ("two marks for one image", lambda: Request("<image> <image>", shown[:1])),
         ("too long", lambda: Request(too_long, shown[:1])),
         ("temperature", lambda: Request("?", sampling=SamplingParams(temperature=9))),
         ("no token", lambda: Request("?", sampling=SamplingParams(max_new_tokens=0))),
@@ -681,11 +681,11 @@ def choices(options: Options) -> list[Row]:
     right: dict[str, list[tuple[bool, bool]]] = {kind: [] for kind in POSSIBLE}
 
     def ask(group: Sequence[world.Case]) -> list[tuple[str, bool, bool]]:
-        pictures, found = group[0].pictures, []
+        images, found = group[0].images, []
         for case in group:
             if case.kind in POSSIBLE:
                 possible = next(each for each in POSSIBLE[case.kind] if case.answer in each)
-                free = Request(case.question, pictures)
+                free = Request(case.question, images)
                 chosen = engine.stream(replace(free, choices=possible)).text() == case.answer
                 was_right = engine.stream(free).text().lower() == case.answer
                 found.append((case.kind, chosen, was_right))
@@ -697,7 +697,7 @@ def choices(options: Options) -> list[Row]:
         sampling = SamplingParams(temperature=number % 2, seed=number)
         case = group[number % len(group)]
         text = engine.stream(
-            Request(case.question, case.pictures, sampling=sampling, json_schema=schema)
+            Request(case.question, case.images, sampling=sampling, json_schema=schema)
         ).text()
         try:
             kept = validator.is_valid(json.loads(text))
@@ -736,7 +736,7 @@ def quantised(options: Options) -> list[Row]:
     groups = _groups(options.scenes)
     rows: list[Row] = []
     exact = torch.empty(0)
-    for kind in (None, *KINDS, INT4):
+    for kind in (None, *QUANTIZATIONS, INT4):
         stored = None if kind == INT4 else kind
         engine = xgenmm.load("demo", device="cpu", slots=CLIENTS, quantize=stored)
         if kind == INT4:
@@ -769,8 +769,8 @@ def _round_to_int4(engine: Engine) -> None:
 
 
 def _right(engine: Engine, group: Sequence[world.Case]) -> list[bool]:
-    pictures = group[0].pictures
-    answers = [engine.stream(Request(case.question, pictures)) for case in group]
+    images = group[0].images
+    answers = [engine.stream(Request(case.question, images)) for case in group]
     return [
         answer.text().lower() == case.answer.lower()
         for answer, case in zip(answers, group, strict=True)
@@ -779,12 +779,12 @@ def _right(engine: Engine, group: Sequence[world.Case]) -> list[bool]:
 
 def _first_logits(engine: Engine, case: world.Case) -> torch.Tensor:
     """Logits [1, vocab] of the first token of an answer."""
-    embeds = _fused(engine, Request(case.question, case.pictures))
+    embeds = _fused(engine, Request(case.question, case.images))
     return engine.model.prefill([embeds], engine.model.cache(1, embeds.shape[0]))
 
 
 def _groups(scenes: int) -> list[list[world.Case]]:
-    """The demo's evaluation set: the questions on each picture or pair."""
+    """The demo's evaluation set: the questions on each image or pair."""
     cases = world.evaluation_set(EVALUATION_SEED, world.held_out_fonts(), scenes)
     return [list(group) for _, group in groupby(cases, key=lambda case: case.scenes)]
 
@@ -793,7 +793,7 @@ def _groups(scenes: int) -> list[list[world.Case]]:
 
 PARTS: Mapping[str, Callable[[Options], list[Row]]] = {
     "http": http,
-    "picture": picture,
+    "image": image,
     "golden": golden,
     "soak": soak,
     "choices": choices,

@@ -1,12 +1,12 @@
-"""Measure `python -m xgenmm.captioning.program` on pictures of the demo's world.
+"""Measure `python -m xgenmm.captioning.program` on images of the demo's world.
 
-    python -m scripts.benchmarks.captioning            # 2,000 pictures; takes ten minutes
+    python -m scripts.benchmarks.captioning            # 2,000 images; takes ten minutes
 
 Compares loops of single predictions (of Cog's server over HTTP, and of an engine in the same
-process), the program in one process, and the program with Ray, each with the same pictures and
+process), the program in one process, and the program with Ray, each with the same images and
 question, and whether all give the same rows. They take turns, and a ratio is the median of the
 rounds' ratios. What the model's tower, sampler and prefill need by themselves says how much a
-program could gain at best: different pictures do not share them.
+program could gain at best: different images do not share them.
 """
 
 import argparse
@@ -35,16 +35,16 @@ LOAD_SECONDS = 120.0
 def main() -> int:
     """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(prog="scripts.benchmarks.captioning", description=__doc__)
-    parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--single", type=int, default=400, help="pictures for each loop, in all")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--single", type=int, default=400, help="images for each loop, in all")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of all of them, in turns")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        draw(pictures, options.pictures)
-        files = sorted(pictures.iterdir())[: options.single]
+        images = Path(folder) / "images"
+        draw(images, options.images)
+        files = sorted(images.iterdir())[: options.single]
         rates = defaultdict(list)
         texts: dict[str, str] = {}
         for number in range(options.rounds):
@@ -55,10 +55,10 @@ def main() -> int:
             texts |= said
             rates["without answers"].append(without_answers(shown, options.model))
             output = Path(folder) / str(number)
-            rate, rows = caption(pictures, output / "plain.jsonl", options.model)
+            rate, rows = caption(images, output / "plain.jsonl", options.model)
             rates["program"].append(rate)
             ray = ["--ray", "local", "--actors", str(options.actors)]
-            rate, ray_rows = caption(pictures, output / "ray.jsonl", options.model, *ray)
+            rate, ray_rows = caption(images, output / "ray.jsonl", options.model, *ray)
             rates["with Ray"].append(rate)
     for what, measured in rates.items():
         against = statistics.median(a / b for a, b in zip(measured, rates["program"], strict=True))
@@ -72,16 +72,16 @@ def main() -> int:
 
 
 def draw(folder: Path, count: int) -> None:
-    """Draw `count` scenes; equal counts give equal pictures."""
+    """Draw `count` scenes; equal counts give equal images."""
     folder.mkdir()
     rng, fonts = random.Random(SEED), world.held_out_fonts()
     for number in range(count):
-        picture = world.draw(world.sample_scene(rng, fonts, level=1.0))
-        picture.save(folder / f"{number:05}.png", compress_level=1)
+        image = world.draw(world.sample_scene(rng, fonts, level=1.0))
+        image.save(folder / f"{number:05}.png", compress_level=1)
 
 
 def predict_over_http(files: Sequence[Path], model: str) -> float:
-    """Rows a second of a client that asks Cog's server about one picture after another."""
+    """Rows a second of a client that asks Cog's server about one image after another."""
     with serving({"XGENMM_MODEL": model}) as server, httpx.Client(base_url=server.url) as client:
         server.wait_ready(LOAD_SECONDS)
         started = time.monotonic()
@@ -92,12 +92,12 @@ def predict_over_http(files: Sequence[Path], model: str) -> float:
 
 
 def predict_one_by_one(files: Sequence[Path], model: str) -> tuple[float, dict[str, str]]:
-    """Rows a second and texts of a loop that asks an engine about one picture after another."""
+    """Rows a second and texts of a loop that asks an engine about one image after another."""
     engine = xgenmm.load(model)
     texts = {}
     started = time.monotonic()
     for path in files:
-        request = xgenmm.Request(QUESTION, [xgenmm.read_picture(path)])
+        request = xgenmm.Request(QUESTION, [xgenmm.read_image(path)])
         texts[path.name] = engine.stream(request).text()
     rate = len(files) / (time.monotonic() - started)
     engine.close()
@@ -105,15 +105,17 @@ def predict_one_by_one(files: Sequence[Path], model: str) -> tuple[float, dict[s
 
 
 def without_answers(files: Sequence[Path], model: str) -> float:
-    """Pictures a second, with their prompts, four at a time, by the model alone and no answer."""
+    """Images a second, with their prompts, four at a time, by the model alone and no answer."""
     engine = xgenmm.load(model)
-    tiles = [engine.tiles(xgenmm.read_picture(path)) for path in files]
+    tiles = [engine.tiles(xgenmm.read_image(path)) for path in files]
     prompt = engine.prompt(xgenmm.Request(QUESTION, tiles[:1]))
     cache = engine.model.cache(4, engine.config.decoder.max_positions)
     started = time.monotonic()
     for first in range(0, len(tiles), 4):
         shown = engine.model.encode(tiles[first : first + 4])
-        engine.model.prefill([engine.model.fuse(prompt, [one]) for one in shown], cache)
+        engine.model.prefill(
+            [engine.model.merge_multimodal_embeddings(prompt, [one]) for one in shown], cache
+        )
     return len(files) / (time.monotonic() - started)
 
 

@@ -32,29 +32,30 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from scripts.benchmarks.figures import Row
 from scripts.local_server import ROOT, predict, serving
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config
-from xgenmm.config import DecoderConfig, SamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
+from xgenmm.config import DecoderConfig, ResamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.evaluation.parity import all_logits
-from xgenmm.kernels.cuda_graphs import Decode, fast_decode
+from xgenmm.kernels.cuda_graphs import Decode, build_decode_step
 from xgenmm.models.linear import use_onednn
 from xgenmm.models.phi3 import KVCache, Phi3Decoder
-from xgenmm.models.quantization import KINDS, check_kind, drift
+from xgenmm.models.phi3_huggingface import to_transformers
+from xgenmm.models.quantization import QUANTIZATIONS, check_quantization, drift
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.images import read_picture
+from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
-from xgenmm.preprocessing.tiling import tile_picture
+from xgenmm.preprocessing.tiling import tile_image
 
 log = logging.getLogger(__name__)
 
 SMALL = XGenMMConfig(
     VisionConfig("siglip", 16, 16, 1, 1, 28, 14),
-    SamplerConfig(4, 1, 1, 16),
+    ResamplerConfig(4, 1, 1, 16),
     DecoderConfig(704, 32, 48, 2, 2, 1024, initial_vocab=652),
     TilingConfig(grids=((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))),
 )
@@ -78,7 +79,7 @@ class Size:
     context: int
     tokens: int
     text: int
-    picture: tuple[int, int]
+    image: tuple[int, int]
     copy: int
     matrix: int
     rounds: int
@@ -136,36 +137,6 @@ def random_model(config: XGenMMConfig, device: torch.device, dtype: torch.dtype)
         else:
             values.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return model.eval().requires_grad_(False)
-
-
-def their_decoder(decoder: Phi3Decoder, dtype: torch.dtype) -> Phi3ForCausalLM:
-    """transformers' Phi-3 with the same weights, shared where the dtype is the same."""
-    config = decoder.config
-    with torch.device("meta"):
-        theirs = Phi3ForCausalLM(
-            Phi3Config(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_heads,
-                max_position_embeddings=config.max_positions,
-                original_max_position_embeddings=config.max_positions,
-                sliding_window=config.window_keys,
-                rms_norm_eps=config.rms_norm_eps,
-                pad_token_id=0,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-    ours = decoder.state_dict()
-    known = {name: ours[name].to(dtype) for name in theirs.state_dict()}
-    theirs.load_state_dict(known, assign=True)
-    # What is no parameter was left on the meta device: the rotary frequencies.
-    with decoder.lm_head.weight.device:
-        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
-    return theirs.eval().requires_grad_(False)
 
 
 class Moments(BaseStreamer):
@@ -260,7 +231,7 @@ def decode_seconds(
 def decoding(device: Device, model: XGenMM, size: Size, copy: float) -> list[Row]:
     """Decode rates of each batch size against what the bandwidth allows."""
     cache = model.cache(max(size.rows), size.context + size.tokens)
-    step = fast_decode(model, cache)
+    step = build_decode_step(model, cache)
     found = []
     for rows in size.rows:
         seconds = decode_seconds(device, model, cache, step, rows, size)
@@ -292,21 +263,21 @@ def jpeg(size: tuple[int, int], seed: int) -> bytes:
 
 
 def embed(model: XGenMM, files: Sequence[bytes], text: int) -> torch.Tensor:
-    """The fused prompt of these pictures and a question of `text` ids, from encoded files."""
+    """The fused prompt of these images and a question of `text` ids, from encoded files."""
     side = model.config.vision.image_size
-    pictures = [tile_picture(read_picture(file), model.config.tiling, side) for file in files]
+    images = [tile_image(read_image(file), model.config.tiling, side) for file in files]
     ids = tuple(range(len(files) + text))
     prompt = Prompt(ids, tuple((number, 1) for number in range(len(files))))
-    return model.fuse(prompt, model.encode(pictures, prompt))
+    return model.merge_multimodal_embeddings(prompt, model.encode(images, prompt))
 
 
 def first_tokens(device: Device, model: XGenMM, size: Size) -> tuple[float, list[Row]]:
-    """Seconds of a one-word answer, and the rows: bytes of pictures -> first token."""
+    """Seconds of a one-word answer, and the rows: bytes of images -> first token."""
     config = model.config
-    tiles = config.sampler.num_latents
+    tiles = config.resampler.num_latents
     cache = model.cache(1, 4 * 5 * tiles + 2 * size.text + 8)
-    step = fast_decode(model, cache)
-    large = [jpeg(size.picture, seed) for seed in range(4)]
+    step = build_decode_step(model, cache)
+    large = [jpeg(size.image, seed) for seed in range(4)]
 
     def first(files: Sequence[bytes]) -> torch.Tensor:
         return model.prefill([embed(model, files, size.text)], cache).argmax(-1)
@@ -319,7 +290,7 @@ def first_tokens(device: Device, model: XGenMM, size: Size) -> tuple[float, list
 
     def second() -> None:
         ids = model.embed_ids(list(range(size.text)))
-        int(model.extend([ids], [5 * tiles], None, cache).argmax(-1))
+        int(model.prefill_chunk([ids], [5 * tiles], None, cache).argmax(-1))
 
     squashed = dataclasses.replace(config.tiling, mode="squash")
     one_tile = dataclasses.replace(config, tiling=squashed)
@@ -333,11 +304,11 @@ def first_tokens(device: Device, model: XGenMM, size: Size) -> tuple[float, list
         word = device.seconds(one_word, size.rounds)
         milliseconds = {
             "1 tile": device.seconds(single, size.rounds),
-            "1 large picture, 5 tiles": device.seconds(lambda: int(first(large[:1])), size.rounds),
-            "4 large pictures, 20 tiles": device.seconds(lambda: int(first(large)), size.rounds),
-            "second question on the same picture": device.seconds(second, size.rounds),
+            "1 large image, 5 tiles": device.seconds(lambda: int(first(large[:1])), size.rounds),
+            "4 large images, 20 tiles": device.seconds(lambda: int(first(large)), size.rounds),
+            "second question on the same image": device.seconds(second, size.rounds),
         }
-    goals = {"1 large picture, 5 tiles": 40.0, "second question on the same picture": 10.0}
+    goals = {"1 large image, 5 tiles": 40.0, "second question on the same image": 10.0}
     rows = [
         Row("first token", f"{name}, from JPEG bytes", 1e3 * seconds, "ms", at_most=goals.get(name))
         for name, seconds in milliseconds.items()
@@ -347,11 +318,11 @@ def first_tokens(device: Device, model: XGenMM, size: Size) -> tuple[float, list
 
 def vision(device: Device, model: XGenMM, size: Size, product: float) -> list[Row]:
     """Tower and sampler against the rate of the matrix product."""
-    file = jpeg(size.picture, 0)
-    picture = tile_picture(read_picture(file), model.config.tiling, model.config.vision.image_size)
+    file = jpeg(size.image, 0)
+    image = tile_image(read_image(file), model.config.tiling, model.config.vision.image_size)
 
     def encode() -> None:
-        model.encode([picture])
+        model.encode([image])
 
     with FlopCounterMode(display=False) as counter:
         encode()
@@ -380,10 +351,10 @@ def loading(
         loaded = time.perf_counter()
         model.eval().requires_grad_(False)
         cache = model.cache(1, size.config.decoder.max_positions)
-        step = fast_decode(model, cache)
+        step = build_decode_step(model, cache)
         device.wait()
         ready = time.perf_counter()
-        embeds = embed(model, [jpeg(size.picture, 0)], size.text)
+        embeds = embed(model, [jpeg(size.image, 0)], size.text)
         int(model.prefill([embeds], cache).argmax(-1))
         seconds = decode_seconds(device, model, cache, step, 1, size)
     limit = {"bfloat16": 11.0, "int8": 7.0}.get(name)
@@ -404,9 +375,9 @@ def quantising(device: Device, folder: Path, size: Size) -> tuple[XGenMM, list[R
     exact = all_logits(model, embeds)
     if device.cuda:
         model.to("cpu")  # what another kind needs is measured alone
-    for kind in KINDS:
+    for kind in QUANTIZATIONS:
         try:
-            check_kind(kind, device.device)
+            check_quantization(kind, device.device)
         except ValueError as error:
             log.warning("%s", error)
             continue
@@ -435,7 +406,7 @@ def correctness(device: Device, model: XGenMM, size: Size) -> list[Row]:
         model.to(dtype)
         cache = model.cache(1, length + 1)
         model.prefill([embeds.to(dtype)], cache)
-        step = fast_decode(model, cache) if dtype == device.dtype else model.decode
+        step = build_decode_step(model, cache) if dtype == device.dtype else model.decode
         logits.append(step(token, positions, cache, length + 1).clone())
     error = drift(*logits).relative
     return [Row("correctness", "logits against float32, relative", error, at_most=2e-2)]
@@ -447,13 +418,13 @@ def correctness(device: Device, model: XGenMM, size: Size) -> list[Row]:
 def beside(device: Device, model: XGenMM, size: Size, word: float) -> list[Row]:
     """`transformers` on the same weights. Changes the model's dtype, so it comes last."""
     found = []
-    large = jpeg(size.picture, 0)
+    large = jpeg(size.image, 0)
     width = size.config.decoder.hidden_size
     torch.manual_seed(3)
     embeds = (torch.randn(1, size.context, width) * 0.02).to(device.device)
     for dtype in dict.fromkeys((device.dtype, torch.float32)):
         model.to(dtype)
-        theirs = their_decoder(model.decoder, dtype)
+        theirs = to_transformers(model.decoder, dtype)
         name = f"transformers {str(dtype).removeprefix('torch.')}"
         prompt = embeds.to(dtype)
         their_times(theirs, prompt, 4)
@@ -528,7 +499,7 @@ def served(device: Device, folder: Path, size: Size) -> list[Row]:
     described = {
         "architectures": ["XGenMMModelForConditionalGeneration"],
         "vision_encoder_config": asdict(config.vision),
-        "vision_tokenizer_config": asdict(config.sampler),
+        "vision_tokenizer_config": asdict(config.resampler),
         "text_config": asdict(config.decoder),
     }
     (folder / "config.json").write_text(json.dumps(described))
@@ -540,8 +511,8 @@ def served(device: Device, folder: Path, size: Size) -> list[Row]:
         "XGENMM_DEVICE": device.device.type,
         "COG_MAX_CONCURRENCY": str(max(CLIENTS)),
     }
-    pictures = [
-        f"data:image/jpeg;base64,{base64.b64encode(jpeg(size.picture, seed)).decode()}"
+    images = [
+        f"data:image/jpeg;base64,{base64.b64encode(jpeg(size.image, seed)).decode()}"
         for seed in range(4)
     ]
     with serving(environment) as server:
@@ -557,7 +528,7 @@ def served(device: Device, folder: Path, size: Size) -> list[Row]:
         with httpx.Client(base_url=server.url, timeout=None, limits=UNLIMITED) as client:
 
             def ask(number: int) -> None:
-                given = {"image": pictures[number % len(pictures)], "max_new_tokens": size.tokens}
+                given = {"image": images[number % len(images)], "max_new_tokens": size.tokens}
                 body = {"input": {**given, "question": f"What is number {number}?"}}
                 predict(client, json.dumps(body).encode())
 
@@ -585,7 +556,7 @@ def cpu(*, tiny: bool = False) -> list[Row]:
     size = TINY if tiny else dataclasses.replace(FULL, config=config, tokens=24)
     rounds = 2 if tiny else 6
     model = random_model(size.config, torch.device("cpu"), torch.float32)
-    theirs = their_decoder(model.decoder, torch.float32)
+    theirs = to_transformers(model.decoder, torch.float32)
     # Their weights stay as they are: ours are laid out anew.
     use_onednn(model)
     torch.manual_seed(4)
@@ -613,7 +584,7 @@ def our_times(model: XGenMM, embeds: torch.Tensor, tokens: int) -> tuple[float, 
     length = embeds.shape[0]
     started = time.perf_counter()
     cache = model.cache(1, length + tokens)
-    step = fast_decode(model, cache)
+    step = build_decode_step(model, cache)
     token = model.prefill([embeds], cache).argmax(-1)
     int(token)
     first = time.perf_counter()

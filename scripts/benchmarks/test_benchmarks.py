@@ -15,14 +15,14 @@ from scripts.local_server import LocalServer
 SMALL = replace(
     benchmark.MID_SIZE,
     vision=replace(benchmark.MID_SIZE.vision, num_layers=1),
-    sampler=replace(benchmark.MID_SIZE.sampler, depth=1),
+    resampler=replace(benchmark.MID_SIZE.resampler, depth=1),
     decoder=replace(benchmark.MID_SIZE.decoder, num_layers=1),
 )
 
 
 @pytest.mark.parametrize(
     ("part", "requests", "goals"),
-    [("http", 1, 2), ("picture", 1, 1), ("choices", 7, 2), ("quantised", 1, 0)],
+    [("http", 1, 2), ("image", 1, 1), ("choices", 7, 2), ("quantised", 1, 0)],
 )
 def test_part(
     part: str,
@@ -50,8 +50,8 @@ def test_part(
 def test_a_row_says_whether_its_goal_is_met() -> None:
     row = Row("http", "16 clients against 1", 4.321, "x", at_least=4)
     assert str(row) == "| http | 16 clients against 1 | 4.32 x | ≥ 4 x | yes |"
-    missed = Row("picture", "second against first", 0.25, "x", at_most=0.2)
-    assert str(missed) == "| picture | second against first | 0.25 x | ≤ 0.2 x | **no** |"
+    missed = Row("image", "second against first", 0.25, "x", at_most=0.2)
+    assert str(missed) == "| image | second against first | 0.25 x | ≤ 0.2 x | **no** |"
     assert str(Row("http", "1 client", 1234.5, "tokens/s")) == (
         "| http | 1 client | 1,234 tokens/s |  |  |"
     )
@@ -62,5 +62,5 @@ def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit):
             main(arguments)
     said = capsys.readouterr().err
-    assert "no such part: speed; there are http, picture," in said
+    assert "no such part: speed; there are http, image," in said
     assert f"golden: {tmp_path} has no folder with a model.safetensors in it" in said

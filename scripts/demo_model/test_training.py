@@ -16,7 +16,7 @@ from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.xgenmm import XGenMM
 
 FONTS = world.held_out_fonts()
-TINY = tuple(replace(stage, steps=2, pictures=4) for stage in training.STAGES)
+TINY = tuple(replace(stage, steps=2, images=4) for stage in training.STAGES)
 
 
 def scene_with_sign(seed: int) -> world.Scene:
@@ -25,14 +25,14 @@ def scene_with_sign(seed: int) -> world.Scene:
 
 def test_labels_say_what_the_tiles_show() -> None:
     scene = scene_with_sign(2)
-    picture = training.show(scene, random.Random(0))
-    assert picture.cover.shape == picture.center.shape
-    assert picture.cover.shape[0] == picture.tiles.pixels.shape[0]
+    image = training.show(scene, random.Random(0))
+    assert image.cover.shape == image.center.shape
+    assert image.cover.shape[0] == image.tiles.pixels.shape[0]
     assert scene.sign is not None
-    # Every thing has its centre in the whole picture's tile, but for those that share a cell.
+    # Every thing has its centre in the whole image's tile, but for those that share a cell.
     things = len(scene.shapes) + len(scene.sign.word)
-    assert things - 2 <= int((picture.center[0] > 0).sum()) <= things
-    assert set(picture.cover[0].unique().tolist()) <= set(range(world.NUM_CLASSES))
+    assert things - 2 <= int((image.center[0] > 0).sum()) <= things
+    assert set(image.cover[0].unique().tolist()) <= set(range(world.NUM_CLASSES))
 
 
 def test_a_band_names_what_any_column_shows() -> None:
@@ -52,24 +52,24 @@ def test_packed_questions_are_answered_as_each_alone(tmp_path: Path) -> None:
     tokens = training.demo_tokens(tmp_path)
     torch.manual_seed(1)
     model = XGenMM(training.CONFIG).eval().requires_grad_(False)
-    training.initialise(model)
+    training.initialize(model)
     engine = xgenmm.Engine(model, tokens)
     rng = random.Random(5)
     scenes = (scene_with_sign(3), scene_with_sign(4))
-    pictures = [training.show(scene, random.Random(0)) for scene in scenes]
-    vision = model.encode([picture.tiles for picture in pictures])
+    images = [training.show(scene, random.Random(0)) for scene in scenes]
+    vision = model.encode([image.tiles for image in images])
 
     # The first token of the model's own greedy answer is by definition right.
     asked = []
-    for scene, tokens_of_picture in zip(scenes, vision, strict=True):
+    for scene, tokens_of_image in zip(scenes, vision, strict=True):
         own = []
         for qa in world.sample_questions(scene, rng, 4):
             prompt = engine.prompt(xgenmm.Request(qa.question, [world.draw(scene)]))
-            embeds = model.fuse(prompt, [tokens_of_picture])
+            embeds = model.merge_multimodal_embeddings(prompt, [tokens_of_image])
             ids = list(generate(model, embeds, SamplingParams(), 1, ()))
             own.append((qa, ids[0]))
         asked.append(own)
-    examples = [([p], [qa for qa, _ in own]) for p, own in zip(pictures, asked, strict=True)]
+    examples = [([p], [qa for qa, _ in own]) for p, own in zip(images, asked, strict=True)]
     rows = training.pack(tokens, examples)
     first = {
         (row, branch): int(((rows.branch[row] == branch) & (rows.labels[row] >= 0)).nonzero()[0])
@@ -83,19 +83,19 @@ def test_packed_questions_are_answered_as_each_alone(tmp_path: Path) -> None:
     assert all(all(values) for values in right.values())
 
 
-def test_pairs_of_few_pictures_train_the_decoder_alone(tmp_path: Path) -> None:
+def test_pairs_of_few_images_train_the_decoder_alone(tmp_path: Path) -> None:
     training.write_folder(tmp_path)
-    stage = replace(training.STAGES[-1], pictures=8)
+    stage = replace(training.STAGES[-1], images=8)
     assert stage.families
     batches = training.Batches(stage, FONTS, training.demo_tokens(tmp_path), seed=1)
-    pictures, rows = batches[0]
+    images, rows = batches[0]
     assert rows is not None
-    assert len(pictures) == 8
+    assert len(images) == 8
     assert set(rows.shown) <= set(range(8))
     assert len(rows.shown) == 2 * (6 * 2 + 2)  # of each family six pairs and two alone
     torch.manual_seed(1)
     model, heads = XGenMM(training.CONFIG), training.Heads()
-    parts, _ = training.losses(model, heads, stage.name, pictures, rows)
+    parts, _ = training.losses(model, heads, stage.name, images, rows)
     assert parts.keys() == training.LOSS_WEIGHTS[stage.name].keys()
     parts["answer"].backward()
     for name, parameter in model.named_parameters():
@@ -126,8 +126,8 @@ def test_training_resumes_and_writes_a_checkpoint(
     engine = xgenmm.load(folder)
     assert engine.config == replace(training.CONFIG, demo=True)
     assert sum(p.numel() for p in engine.model.parameters()) == 6_149_507
-    picture = world.draw(scene_with_sign(6))
+    image = world.draw(scene_with_sign(6))
     limits = SamplingParams(max_new_tokens=3)
-    answer = engine.stream(xgenmm.Request("What does the sign say?", [picture], sampling=limits))
+    answer = engine.stream(xgenmm.Request("What does the sign say?", [image], sampling=limits))
     list(answer)
     assert answer.usage.output_tokens > 0

@@ -145,15 +145,15 @@ def test_equal_seeds_give_equal_worlds(fonts: list[Path]) -> None:
     assert world.evaluation_set(3, fonts, 20) == world.evaluation_set(3, fonts, 20)
 
 
-def test_picture_shows_the_shades_where_the_shapes_are(scenes: list[Scene]) -> None:
+def test_image_shows_the_shades_where_the_shapes_are(scenes: list[Scene]) -> None:
     for scene in scenes[:60]:
-        picture = world.draw(scene)
-        assert picture.mode == "RGB"
-        assert picture.size == (scene.width, scene.height)
+        image = world.draw(scene)
+        assert image.mode == "RGB"
+        assert image.size == (scene.width, scene.height)
         for shape in scene.shapes:
             x, y = center(shape.box)
-            assert picture.getpixel((int(x), int(y))) == shape.shade
-        drawn = (np.asarray(picture) != scene.background).any(axis=2)
+            assert image.getpixel((int(x), int(y))) == shape.shade
+        drawn = (np.asarray(image) != scene.background).any(axis=2)
         boxes = [shape.box for shape in scene.shapes] + ([scene.sign.box] if scene.sign else [])
         for x0, y0, x1, y1 in boxes:
             drawn[
@@ -209,17 +209,17 @@ def test_label_map_names_what_stands_in_each_cell() -> None:
     assert (world.label_map(thin, 4, 8)[1:4, 1:4] == label).sum() == 9
 
 
-def test_label_map_agrees_with_the_picture(scenes: list[Scene]) -> None:
+def test_label_map_agrees_with_the_image(scenes: list[Scene]) -> None:
     for scene in scenes[:40]:
         labels = world.label_map(scene, scene.height, scene.width, oversample=1)
         wanted = set(labels.ravel().tolist()) - {0}
         for shape in scene.shapes:
             label = 1 + world.KINDS.index(shape.kind) * 7 + world.COLORS.index(shape.color)
             assert label in wanted
-        picture = np.asarray(world.draw(scene))
+        image = np.asarray(world.draw(scene))
         shape_pixels = (labels > 0) & (labels < world.FIRST_LETTER_CLASS)
         shades = np.array([shape.shade for shape in scene.shapes])
-        painted = (picture[:, :, None] == shades).all(axis=3).any(axis=2)
+        painted = (image[:, :, None] == shades).all(axis=3).any(axis=2)
         # Black ink may equal a black shape's shade.
         painted &= labels < world.FIRST_LETTER_CLASS
         union = (shape_pixels | painted).sum()
@@ -319,7 +319,7 @@ def check_answer(scene: Scene, qa: QA) -> None:
         assert answer == scene.sign.word
 
 
-def test_answers_to_questions_on_one_picture(scenes: list[Scene]) -> None:
+def test_answers_to_questions_on_one_image(scenes: list[Scene]) -> None:
     rng = random.Random(18)
     asked: Counter[str] = Counter()
     for scene in scenes:
@@ -336,7 +336,7 @@ def same_content(first: Scene, second: Scene) -> bool:
     return names[0] == names[1] and words[0] == words[1]
 
 
-def test_answers_to_questions_on_two_pictures(fonts: list[Path]) -> None:
+def test_answers_to_questions_on_two_images(fonts: list[Path]) -> None:
     rng = random.Random(19)
     answers: Counter[str] = Counter()
     for _ in range(600):
@@ -440,7 +440,7 @@ def test_evaluation_set_on_held_out_fonts() -> None:
     # At least 300 of each in the full set of 500 scenes.
     assert set(counts) == set(world.QUESTION_KINDS)
     assert min(counts.values()) >= 60
-    assert {len(case.pictures) for case in cases if case.kind == "pair"} == {2}
+    assert {len(case.images) for case in cases if case.kind == "pair"} == {2}
     for case in cases:
         if case.kind != "pair":
             check_answer(case.scenes[0], QA(case.kind, case.question, case.answer))

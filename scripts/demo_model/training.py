@@ -2,8 +2,8 @@
 
     python -m scripts.demo_model.training train      # resumes from build/train-demo
     python -m scripts.demo_model.training evaluate   # the table of weights/demo/README.md
-    python -m scripts.demo_model.training curves     # the picture of its losses and accuracies
-    python -m scripts.demo_model.training examples   # the pictures and questions in its folder
+    python -m scripts.demo_model.training curves     # the image of its losses and accuracies
+    python -m scripts.demo_model.training examples   # the images and questions in its folder
 
 Nine stages, from direct supervision to the task itself, the first and third from easy scenes to
 the whole world:
@@ -15,15 +15,15 @@ gather   the sampler learns to hand that on: each latent names what its own bloc
 answer   sampler and decoder learn to answer; the tower stands still, which saves a third of the
          time;
 polish   all together, at a falling learning rate;
-finish   the same, mostly on two pictures at once, with questions on either of them;
-compare  the same, mostly on two pictures that are equal or nearly so;
-match    the decoder alone, on many pairs of few pictures; it is also asked what one of them shows
+finish   the same, mostly on two images at once, with questions on either of them;
+compare  the same, mostly on two images that are equal or nearly so;
+match    the decoder alone, on many pairs of few images; it is also asked what one of them shows
          and the other does not, which teaches to compare better than a bare yes or no;
 rematch  the same once more, from a higher rate again;
 settle   and for a last time.
 
-Many questions share one encoding of a picture: they are branches of one row, which see the
-picture's prefix and themselves. The heads that the first stages need are dropped at the end.
+Many questions share one encoding of an image: they are branches of one row, which see the
+image's prefix and themselves. The heads that the first stages need are dropped at the end.
 """
 
 import argparse
@@ -53,14 +53,14 @@ from torch.utils.data import DataLoader, Dataset
 import xgenmm
 from scripts.demo_model import world
 from xgenmm.checkpoints.download import write_manifest
-from xgenmm.config import DecoderConfig, SamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
+from xgenmm.config import DecoderConfig, ResamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.image_features import regroup
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.prompts import DEFAULT_SYSTEM_PROMPT, chat_prompt
-from xgenmm.preprocessing.tiling import Tiles, tile_picture
-from xgenmm.preprocessing.tokenizer import Control, Tokens
+from xgenmm.preprocessing.tiling import TiledImage, tile_image
+from xgenmm.preprocessing.tokenizer import SpecialToken, Tokenizer
 
 log = logging.getLogger("train_demo")
 
@@ -78,7 +78,7 @@ SPECIALS = (
 )  # fmt: skip
 CONFIG = XGenMMConfig(
     vision=VisionConfig("siglip", 192, 768, 4, 3, TILE, TILE // SIDE),
-    sampler=SamplerConfig(num_latents=36, depth=2, num_heads=6, head_dim=32),
+    resampler=ResamplerConfig(num_latents=36, depth=2, num_heads=6, head_dim=32),
     decoder=DecoderConfig(
         vocab_size=704,
         hidden_size=192,
@@ -115,18 +115,18 @@ RARITY = (4.0, 20.0)  # how much more a cell counts that has a cover, or a centr
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: `steps` of `pictures` each, at a learning rate of `rate`."""
+    """A part of the training: `steps` of `images` each, at a learning rate of `rate`."""
 
     name: str
     steps: int
-    pictures: int
+    images: int
     rate: float
     final_rate: float
     easy: float  # the share of the stage over which scenes go from easy to the whole world
     asks: bool = False  # questions
-    pairs: float = 0.0  # the share of steps that ask about two pictures
+    pairs: float = 0.0  # the share of steps that ask about two images
     related: float = 0.5  # the share of these pairs that are equal or nearly so
-    families: bool = False  # pictures come in fours, of which many pairs are made
+    families: bool = False  # images come in fours, of which many pairs are made
     wordings: int = 1  # of the question whether they are
 
 
@@ -149,7 +149,7 @@ STAGES = (
 def write_folder(folder: Path) -> None:
     """Everything of the checkpoint but its weights: configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    vision, sampler, decoder = CONFIG.vision, CONFIG.sampler, CONFIG.decoder
+    vision, resampler, decoder = CONFIG.vision, CONFIG.resampler, CONFIG.decoder
     special = {token: PIECES + i for i, token in enumerate(SPECIALS)}
     entries = {
         str(number): {
@@ -181,10 +181,10 @@ def write_folder(folder: Path) -> None:
             },
             "vision_tokenizer_config": {
                 "model_type": "xgenmm_vision_tokenizer",
-                "num_latents": sampler.num_latents,
-                "depth": sampler.depth,
-                "num_heads": sampler.num_heads,
-                "head_dim": sampler.head_dim,
+                "num_latents": resampler.num_latents,
+                "depth": resampler.depth,
+                "num_heads": resampler.num_heads,
+                "head_dim": resampler.head_dim,
             },
             "text_config": {
                 "model_type": "phi3",
@@ -257,34 +257,34 @@ def write_folder(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
-def demo_tokens(folder: Path) -> Tokens:
+def demo_tokens(folder: Path) -> Tokenizer:
     """The tokenizer of the folder that `write_folder` made."""
-    return Tokens.from_folder(folder, CONFIG.text.convention, CONFIG.additional_ids)
+    return Tokenizer.from_folder(folder, CONFIG.text.convention, CONFIG.additional_ids)
 
 
 # Examples
 
 
 @dataclass(frozen=True)
-class Picture:
+class LabelledImage:
     """A scene as the model gets it, and what each cell of its tiles shows.
 
     cover, center: int64 [tiles, SIDE, SIDE], classes as `COVER` and `CENTER` count them.
     """
 
-    tiles: Tiles
+    tiles: TiledImage
     cover: torch.Tensor
     center: torch.Tensor
 
 
-def show(scene: world.Scene, rng: random.Random) -> Picture:
+def show(scene: world.Scene, rng: random.Random) -> LabelledImage:
     """Draw the scene, three times in ten as a JPEG would show it, and label its cells."""
-    picture = world.draw(scene)
+    image = world.draw(scene)
     if rng.random() < 0.3:
         file = BytesIO()
-        picture.save(file, "JPEG", quality=rng.randint(70, 95))
-        picture = Image.open(file).convert("RGB")
-    tiles = tile_picture(picture, CONFIG.tiling, TILE)
+        image.save(file, "JPEG", quality=rng.randint(70, 95))
+        image = Image.open(file).convert("RGB")
+    tiles = tile_image(image, CONFIG.tiling, TILE)
     columns, rows = tiles.columns, tiles.rows
     whole = (0.0, 0.0, float(scene.width), float(scene.height))
     scale = min(columns * TILE / scene.width, rows * TILE / scene.height)
@@ -296,18 +296,18 @@ def show(scene: world.Scene, rng: random.Random) -> Picture:
         labels(scene, columns, rows, canvas),
     ]
     cover, center = (torch.from_numpy(np.concatenate(maps)) for maps in zip(*parts, strict=True))
-    return Picture(tiles, cover, center)
+    return LabelledImage(tiles, cover, center)
 
 
-def show_page(rng: random.Random, fonts: Sequence[Path]) -> Picture:
-    """A page of signs as one tile, as a large part of a canvas or squeezed like a whole picture."""
+def show_page(rng: random.Random, fonts: Sequence[Path]) -> LabelledImage:
+    """A page of signs as one tile, as a large part of a canvas or squeezed like a whole image."""
     scenes = world.sample_page(rng, fonts)
-    picture = world.draw_page(scenes)
-    tile = tile_picture(picture, TilingConfig("squash", ()), TILE)
-    box = (0.0, 0.0, float(picture.width), float(picture.height))
+    image = world.draw_page(scenes)
+    tile = tile_image(image, TilingConfig("squash", ()), TILE)
+    box = (0.0, 0.0, float(image.width), float(image.height))
     maps = [np.stack(labels(scene, 1, 1, box)) for scene in scenes]
     cover, center = (torch.from_numpy(one) for one in np.max(maps, axis=0))
-    return Picture(tile, cover, center)
+    return LabelledImage(tile, cover, center)
 
 
 def labels(
@@ -352,11 +352,11 @@ def banded(cells: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed questions, a row for each picture or pair of pictures; all int64 [rows, length].
+    """Packed questions, a row for each image or pair of images; all int64 [rows, length].
 
     branch: 0 for the prefix that all see, then the number of the question, -1 for padding.
     labels: the next id where an answer is to be learnt, else -100. weight: of that label.
-    kinds: the question's kind by row and branch. shown: which of the batch's pictures the rows
+    kinds: the question's kind by row and branch. shown: which of the batch's images the rows
     show, one after the other.
     """
 
@@ -369,33 +369,35 @@ class Rows:
     shown: list[int]
 
 
-def distinct(examples: Sequence[tuple[Sequence[Picture], object]]) -> list[Picture]:
-    """The pictures of the examples in the order in which they first come, each once."""
-    return list({id(picture): picture for shown, _ in examples for picture in shown}.values())
+def distinct(examples: Sequence[tuple[Sequence[LabelledImage], object]]) -> list[LabelledImage]:
+    """The images of the examples in the order in which they first come, each once."""
+    return list({id(image): image for shown, _ in examples for image in shown}.values())
 
 
-def label_sets(picture: Picture) -> torch.Tensor:
+def label_sets(image: LabelledImage) -> torch.Tensor:
     """`banded` of cover and centre: int64 [2, tiles, SIDE**2, 3]."""
-    columns, rows = picture.tiles.columns, picture.tiles.rows
-    return torch.stack([banded(cells, columns, rows) for cells in (picture.cover, picture.center)])
+    columns, rows = image.tiles.columns, image.tiles.rows
+    return torch.stack([banded(cells, columns, rows) for cells in (image.cover, image.center)])
 
 
-def pack(tokens: Tokens, examples: Sequence[tuple[Sequence[Picture], Sequence[world.QA]]]) -> Rows:
-    """Rows of one prefix (system prompt, pictures) and many branches (question, answer)."""
+def pack(
+    tokens: Tokenizer, examples: Sequence[tuple[Sequence[LabelledImage], Sequence[world.QA]]]
+) -> Rows:
+    """Rows of one prefix (system prompt, images) and many branches (question, answer)."""
     packed: list[dict[str, list[float]]] = []
-    for pictures, asked in examples:
+    for images, asked in examples:
         row: dict[str, list[float]] = defaultdict(list)
         start = 0
         for number, qa in enumerate(asked, 1):
             prompt = chat_prompt(
-                tokens, qa.question, pictures=len(pictures), system_prompt=DEFAULT_SYSTEM_PROMPT
+                tokens, qa.question, images=len(images), system_prompt=DEFAULT_SYSTEM_PROMPT
             )
             end = sum(prompt.spans[-1])
             if not start:
                 at = 0
-                for (position, length), picture in zip(prompt.spans, pictures, strict=True):
+                for (position, length), image in zip(prompt.spans, images, strict=True):
                     row["ids"] += prompt.ids[at:position]
-                    count = picture.tiles.pixels.shape[0] * CONFIG.sampler.num_latents
+                    count = image.tiles.pixels.shape[0] * CONFIG.resampler.num_latents
                     row["ids"] += [prompt.ids[position]] * count
                     at = position + length
                 start = len(row["ids"])
@@ -404,7 +406,9 @@ def pack(tokens: Tokens, examples: Sequence[tuple[Sequence[Picture], Sequence[wo
                 row["labels"] += [-100] * start
                 row["weight"] += [0.0] * start
             question = list(prompt.ids[end:])
-            answer = tokens.encode_pieces([Control("<|assistant|>"), qa.answer, Control("<|end|>")])
+            answer = tokens.encode_segments(
+                [SpecialToken("<|assistant|>"), qa.answer, SpecialToken("<|end|>")]
+            )
             answer = answer[answer.index(tokens.id("<|assistant|>")) + 1 :]
             ids = question + answer
             row["ids"] += ids
@@ -419,7 +423,7 @@ def pack(tokens: Tokens, examples: Sequence[tuple[Sequence[Picture], Sequence[wo
     def table(name: str, fill: float) -> torch.Tensor:
         return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in packed])
 
-    number_of = {id(picture): i for i, picture in enumerate(distinct(examples))}
+    number_of = {id(image): i for i, image in enumerate(distinct(examples))}
     return Rows(
         ids=table("ids", tokens.id("<pad>")).long(),
         positions=table("positions", 0).long(),
@@ -427,32 +431,32 @@ def pack(tokens: Tokens, examples: Sequence[tuple[Sequence[Picture], Sequence[wo
         labels=table("labels", -100).long(),
         weight=table("weight", 0.0),
         kinds=[[qa.kind for qa in asked] for _, asked in examples],
-        shown=[number_of[id(picture)] for shown, _ in examples for picture in shown],
+        shown=[number_of[id(image)] for shown, _ in examples for image in shown],
     )
 
 
-Shown = Sequence[tuple[world.Scene, Picture]]
+Shown = Sequence[tuple[world.Scene, LabelledImage]]
 
 
-class Batches(Dataset[tuple[list[Picture], Rows | None]]):
+class Batches(Dataset[tuple[list[LabelledImage], Rows | None]]):
     """The batch of each step, drawn afresh from (seed, step), so that training can resume."""
 
-    def __init__(self, stage: Stage, fonts: Sequence[Path], tokens: Tokens, seed: int) -> None:
+    def __init__(self, stage: Stage, fonts: Sequence[Path], tokens: Tokenizer, seed: int) -> None:
         self.stage, self.fonts, self.tokens, self.seed = stage, fonts, tokens, seed
 
     def __len__(self) -> int:
         return self.stage.steps
 
-    def __getitem__(self, step: int) -> tuple[list[Picture], Rows | None]:
+    def __getitem__(self, step: int) -> tuple[list[LabelledImage], Rows | None]:
         stage = self.stage
         rng = random.Random(f"{self.seed} {stage.name} {step}")
         hard = step / (stage.easy * stage.steps) if stage.easy else 1.0
         pairs = rng.random() < stage.pairs
-        examples: list[tuple[list[Picture], list[world.QA]]] = []
+        examples: list[tuple[list[LabelledImage], list[world.QA]]] = []
         if stage.families:
             examples = self._families(rng)
             return distinct(examples), pack(self.tokens, examples)
-        for _ in range(stage.pictures // 2 if pairs else stage.pictures):
+        for _ in range(stage.images // 2 if pairs else stage.images):
             # Even the last scenes are sometimes easy, and the first ones never all of one kind.
             level = min(1.0, hard) if rng.random() < 0.85 else rng.random()
             if pairs:
@@ -474,23 +478,23 @@ class Batches(Dataset[tuple[list[Picture], Rows | None]]):
                 scene = world.sample_scene(rng, self.fonts, level=level, with_sign=sign)
                 questions = world.sample_questions(scene, rng, 12, QUESTIONS) if stage.asks else []
                 examples.append(([show(scene, rng)], questions))
-        pictures = distinct(examples)
+        images = distinct(examples)
         if not stage.asks:
-            return pictures, None
+            return images, None
         pages = [show_page(rng, self.fonts) for _ in range(PAGES)]
-        return pictures + pages, pack(self.tokens, examples)
+        return images + pages, pack(self.tokens, examples)
 
-    def _families(self, rng: random.Random) -> list[tuple[list[Picture], list[world.QA]]]:
-        """Families of four pictures that show two scenes, which differ in one thing.
+    def _families(self, rng: random.Random) -> list[tuple[list[LabelledImage], list[world.QA]]]:
+        """Families of four images that show two scenes, which differ in one thing.
 
-        Of each family three pairs that are equal, three that are not, and two pictures alone.
+        Of each family three pairs that are equal, three that are not, and two images alone.
         """
         wordings = self.stage.wordings
         families = []
-        for _ in range(self.stage.pictures // 4):
+        for _ in range(self.stage.images // 4):
             scenes = world.sample_family(rng, self.fonts, 1.0 if rng.random() < 0.85 else 0.5)
             families.append([[(scene, show(scene, rng)) for scene in sizes] for sizes in scenes])
-        examples: list[tuple[list[Picture], list[world.QA]]] = []
+        examples: list[tuple[list[LabelledImage], list[world.QA]]] = []
 
         def add(one: Shown, other: Shown) -> None:
             (first, shown), (second, beside) = rng.choice(one), rng.choice(other)
@@ -505,13 +509,13 @@ class Batches(Dataset[tuple[list[Picture], Rows | None]]):
             for a, b in ((0, 0), (1, 1), (0, 0), (0, 1), (1, 0), (0, 1)):
                 add(family[a], family[b])
             for sizes in family:
-                scene, picture = rng.choice(sizes)
-                examples.append(([picture], world.sample_questions(scene, rng, 12, QUESTIONS)))
+                scene, image = rng.choice(sizes)
+                examples.append(([image], world.sample_questions(scene, rng, 12, QUESTIONS)))
         return examples
 
 
 def ask_each(rng: random.Random, first: world.Scene, second: world.Scene, n: int) -> list[world.QA]:
-    """`n` questions on either of two pictures: to compare, one must know which showed what."""
+    """`n` questions on either of two images: to compare, one must know which showed what."""
     return [
         replace(qa, question=f"In the {name} image: {qa.question}", kind="each")
         for name, scene in (("first", first), ("second", second))
@@ -577,8 +581,8 @@ def answer_loss(
     """
     embeds = model.decoder.embed(rows.ids)
     shown = rows.ids == CONFIG.additional_ids["<image>"]
-    pictures = torch.cat([vision[i] for i in rows.shown])
-    embeds = embeds.masked_scatter(shown[..., None], pictures.to(embeds.dtype))
+    images = torch.cat([vision[i] for i in rows.shown])
+    embeds = embeds.masked_scatter(shown[..., None], images.to(embeds.dtype))
     branch = rows.branch
     length = branch.shape[1]
     related = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
@@ -601,7 +605,7 @@ def answer_loss(
 
 
 def losses(
-    model: XGenMM, heads: Heads, stage: str, pictures: list[Picture], rows: Rows | None
+    model: XGenMM, heads: Heads, stage: str, images: list[LabelledImage], rows: Rows | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]]]:
     """The losses of a stage by name, and the answers that are right by kind."""
     parts: dict[str, torch.Tensor] = {}
@@ -609,45 +613,47 @@ def losses(
     if stage == "see":
         # Tiles of the canvas that show something; empty ones teach nothing new.
         chosen = []
-        for picture in pictures:
-            full = 1 + picture.cover[1:].flatten(1).any(1).nonzero().flatten()
+        for image in images:
+            full = 1 + image.cover[1:].flatten(1).any(1).nonzero().flatten()
             chosen.append([0, *full[:2].tolist()])
-        pixels = np.concatenate([p.tiles.pixels[c] for p, c in zip(pictures, chosen, strict=True)])
+        pixels = np.concatenate([p.tiles.pixels[c] for p, c in zip(images, chosen, strict=True)])
         cells = torch.stack(
             [
-                torch.cat([getattr(p, k)[c] for p, c in zip(pictures, chosen, strict=True)])
+                torch.cat([getattr(p, k)[c] for p, c in zip(images, chosen, strict=True)])
                 for k in ("cover", "center")
             ]
         ).flatten(2)
-        parts["tower"] = tower_loss(heads, model.features([Tiles(pixels, 0, 0, (1, 1))])[0], cells)
+        parts["tower"] = tower_loss(
+            heads, model.features([TiledImage(pixels, 0, 0, (1, 1))])[0], cells
+        )
         return parts, right
-    tiles = [picture.tiles for picture in pictures]
+    tiles = [image.tiles for image in images]
     frozen = "tower" not in LOSS_WEIGHTS[stage]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         # Ungrouped first: the tower's labels belong to its own tiles.
-        whole = Tiles(np.concatenate([t.pixels for t in tiles]), 0, 0, (1, 1))
+        whole = TiledImage(np.concatenate([t.pixels for t in tiles]), 0, 0, (1, 1))
         flat = model.features([whole])[0]
         features = regrouped(flat, tiles)
     if not frozen:
         cells = torch.stack(
-            [torch.cat([getattr(p, k) for p in pictures]) for k in ("cover", "center")]
+            [torch.cat([getattr(p, k) for p in images]) for k in ("cover", "center")]
         ).flatten(2)
         parts["tower"] = tower_loss(heads, flat, cells)
     frozen = "sampler" not in LOSS_WEIGHTS[stage]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         vision = model.vision_tokens(tiles, features)
     if not frozen:
-        sets = torch.cat([label_sets(picture) for picture in pictures], dim=1)
+        sets = torch.cat([label_sets(image) for image in images], dim=1)
         width = CONFIG.decoder.hidden_size
-        every = torch.cat(vision).view(-1, CONFIG.sampler.num_latents, width)
+        every = torch.cat(vision).view(-1, CONFIG.resampler.num_latents, width)
         parts["sampler"] = sampler_loss(heads, every, sets)
     if rows is not None:
         parts["answer"], right = answer_loss(model, vision, rows)
     return parts, right
 
 
-def regrouped(flat: torch.Tensor, tiles: Sequence[Tiles]) -> list[torch.Tensor]:
-    """Features of all tiles -> of each picture, in the sampler's order."""
+def regrouped(flat: torch.Tensor, tiles: Sequence[TiledImage]) -> list[torch.Tensor]:
+    """Features of all tiles -> of each image, in the sampler's order."""
     parts = flat.split([t.pixels.shape[0] for t in tiles])
     return [regroup(f, t.columns, t.rows) for f, t in zip(parts, tiles, strict=True)]
 
@@ -670,7 +676,7 @@ LOSS_WEIGHTS: Mapping[str, Mapping[str, float]] = {
 # Training
 
 
-def initialise(model: XGenMM) -> None:
+def initialize(model: XGenMM) -> None:
     """Small embeddings; PyTorch's own initial values suit the rest."""
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or name.endswith("latents"):
@@ -688,7 +694,7 @@ def train(folder: Path, state: Path, stages: Sequence[Stage]) -> None:
     )
     log.info("%d fonts to train on, %d held out", len(fonts), len(held_out))
     model, heads = XGenMM(CONFIG).train(), Heads()
-    initialise(model)
+    initialize(model)
     history: list[dict[str, Any]] = []
     begun, done, seconds = 0, 0, 0.0
     last = state / "last.pt"
@@ -714,7 +720,7 @@ def train(folder: Path, state: Path, stages: Sequence[Stage]) -> None:
         clock = time.monotonic()
         right: dict[str, list[bool]] = defaultdict(list)
         sums: dict[str, list[float]] = defaultdict(list)
-        for step, (pictures, rows) in enumerate(loader(batches, range(done, stage.steps)), done):
+        for step, (images, rows) in enumerate(loader(batches, range(done, stage.steps)), done):
             warm = min(1.0, (step + 1) / 100)
             progress = step / stage.steps
             rate = warm * (stage.rate + (stage.final_rate - stage.rate) * progress)
@@ -722,7 +728,7 @@ def train(folder: Path, state: Path, stages: Sequence[Stage]) -> None:
                 for group in optimiser.param_groups:
                     group["lr"] = rate
             with torch.autocast("cpu", torch.bfloat16):
-                parts, answers = losses(model, heads, stage.name, pictures, rows)
+                parts, answers = losses(model, heads, stage.name, images, rows)
             loss = sum(LOSS_WEIGHTS[stage.name][name] * part for name, part in parts.items())
             assert isinstance(loss, torch.Tensor)
             loss.backward()
@@ -730,7 +736,7 @@ def train(folder: Path, state: Path, stages: Sequence[Stage]) -> None:
             for optimiser in optimisers:
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
-            seen += len(pictures)
+            seen += len(images)
             for name, part in parts.items():
                 sums[name].append(part.item())
             for kind, values in answers.items():
@@ -741,7 +747,7 @@ def train(folder: Path, state: Path, stages: Sequence[Stage]) -> None:
                 entry: dict[str, Any] = {"stage": stage.name, "step": step + 1}
                 entry |= {
                     "seconds": round(seconds, 1),
-                    "pictures_a_second": round(seen / elapsed, 1),
+                    "images_a_second": round(seen / elapsed, 1),
                 }
                 entry["loss"] = {name: round(sum(v) / len(v), 4) for name, v in sums.items()}
                 entry["right"] = {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}
@@ -784,7 +790,7 @@ def make_optimisers(model: XGenMM, heads: Heads, rate: float) -> list[torch.opti
     ]
 
 
-def loader(batches: Batches, steps: range) -> Iterator[tuple[list[Picture], Rows | None]]:
+def loader(batches: Batches, steps: range) -> Iterator[tuple[list[LabelledImage], Rows | None]]:
     """The batches of `steps`, drawn by a process of its own."""
     return iter(
         DataLoader(
@@ -828,13 +834,13 @@ GOALS: Mapping[str, float] = {
 
 
 def answers(engine: xgenmm.Engine, cases: Sequence[world.Case]) -> Iterator[str]:
-    """The greedy answers to questions about the same pictures, which are encoded once."""
-    pictures = cases[0].pictures
-    tiles = [tile_picture(picture, engine.config.tiling, TILE) for picture in pictures]
+    """The greedy answers to questions about the same images, which are encoded once."""
+    images = cases[0].images
+    tiles = [tile_image(image, engine.config.tiling, TILE) for image in images]
     vision = engine.model.encode(tiles)
     for case in cases:
-        prompt = engine.prompt(xgenmm.Request(case.question, pictures))
-        embeds = engine.model.fuse(prompt, vision)
+        prompt = engine.prompt(xgenmm.Request(case.question, images))
+        embeds = engine.model.merge_multimodal_embeddings(prompt, vision)
         made = generate(engine.model, embeds, SamplingParams(), 64, engine.end_ids)
         yield engine.tokens.decode(list(takewhile(lambda t: t not in engine.end_ids, made)))
 
@@ -849,7 +855,7 @@ def evaluate(folder: Path, scenes: int) -> None:
         for case, answer in zip(group, answers(engine, group), strict=True):
             right[case.kind].append(answer.lower() == case.answer.lower())
         if number % 100 == 0:
-            log.info("%d of %d pictures and pairs", number, len(groups))
+            log.info("%d of %d images and pairs", number, len(groups))
     print("| question | asked | right | goal |\n|---|---|---|---|")
     for kind in world.QUESTION_KINDS:
         share = sum(right[kind]) / len(right[kind])
@@ -892,7 +898,7 @@ def curves(folder: Path, state: Path) -> None:
     figure.savefig(folder / "training.png", dpi=110)
 
 
-# The pictures that a newcomer meets first: seeds of scenes, a question, the right answer.
+# The images that a newcomer meets first: seeds of scenes, a question, the right answer.
 EXAMPLES: tuple[tuple[tuple[int, ...], str, str], ...] = (
     ((8,), "What is to the left of the orange star?", "yellow circle"),
     ((8,), "What color is the star?", "orange"),
@@ -908,7 +914,7 @@ EXAMPLES: tuple[tuple[tuple[int, ...], str, str], ...] = (
 
 
 def examples(folder: Path) -> None:
-    """Write the pictures of `EXAMPLES`, and their questions as `questions.json`."""
+    """Write the images of `EXAMPLES`, and their questions as `questions.json`."""
     target = folder / "examples"
     target.mkdir(exist_ok=True)
     fonts = world.held_out_fonts()
@@ -916,7 +922,7 @@ def examples(folder: Path) -> None:
         scene = world.sample_scene(random.Random(seed), fonts, level=0.8, with_sign=seed % 2 == 0)
         world.draw(scene).save(target / f"scene-{seed}.png", optimize=True)
     listed = [
-        {"pictures": [f"scene-{seed}.png" for seed in seeds], "question": asked, "answer": answer}
+        {"images": [f"scene-{seed}.png" for seed in seeds], "question": asked, "answer": answer}
         for seeds, asked, answer in EXAMPLES
     ]
     (target / "questions.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")

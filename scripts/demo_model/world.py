@@ -264,7 +264,7 @@ class Case:
     answer: str
 
     @property
-    def pictures(self) -> tuple[Image.Image, ...]:
+    def images(self) -> tuple[Image.Image, ...]:
         """The pictures that go with the question, drawn anew at each call."""
         return tuple(draw(scene) for scene in self.scenes)
 
@@ -549,11 +549,11 @@ def sample_page(rng: random.Random, fonts: Sequence[Path]) -> list[Scene]:
 
 def draw_page(scenes: Sequence[Scene]) -> Image.Image:
     """Draw the signs of `scenes`, which share a size, in one picture."""
-    picture = draw(scenes[0])
+    image = draw(scenes[0])
     for scene in scenes[1:]:
         if scene.sign is not None:
-            _draw_sign(picture, scene.sign, scene.short)
-    return picture
+            _draw_sign(image, scene.sign, scene.short)
+    return image
 
 
 # Pictures
@@ -589,15 +589,15 @@ def _corners(shape: Shape) -> NDArray[np.float64]:
 
 def draw(scene: Scene) -> Image.Image:
     """Draw the scene, anti-aliased, as an RGB picture of its width and height."""
-    picture = Image.new("RGB", (scene.width, scene.height), scene.background)
+    image = Image.new("RGB", (scene.width, scene.height), scene.background)
     for shape in scene.shapes:
-        _draw_shape(picture, shape)
+        _draw_shape(image, shape)
     if scene.sign is not None:
-        _draw_sign(picture, scene.sign, scene.short)
-    return picture
+        _draw_sign(image, scene.sign, scene.short)
+    return image
 
 
-def _draw_shape(picture: Image.Image, shape: Shape) -> None:
+def _draw_shape(image: Image.Image, shape: Shape) -> None:
     """Draw the shape's mask at a few times its size, then shrink it: smooth edges at low cost."""
     x0, y0 = math.floor(shape.box[0]), math.floor(shape.box[1])
     w, h = math.ceil(shape.box[2]) - x0, math.ceil(shape.box[3]) - y0
@@ -611,11 +611,11 @@ def _draw_shape(picture: Image.Image, shape: Shape) -> None:
         # Pillow's integer coordinates are pixel centres, ours are pixel corners.
         points = (_corners(shape) - (x0, y0)) * factor - 0.5
         pen.polygon(points.ravel().tolist(), fill=255)
-    picture.paste(shape.shade, (x0, y0), mask.reduce(factor))
+    image.paste(shape.shade, (x0, y0), mask.reduce(factor))
 
 
-def _draw_sign(picture: Image.Image, sign: Sign, short: int) -> None:
-    pen = ImageDraw.Draw(picture)
+def _draw_sign(image: Image.Image, sign: Sign, short: int) -> None:
+    pen = ImageDraw.Draw(image)
     x0, y0, x1, y1 = (round(v) for v in sign.box)
     border = max(1, round(0.012 * short))
     pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=(255, 255, 255), outline=sign.ink, width=border)

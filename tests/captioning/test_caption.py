@@ -26,15 +26,15 @@ from xgenmm.captioning.datasets import (
     MAX_DOWNLOAD,
     Record,
     Row,
+    count_records,
     literal,
     open_shards,
     read_record,
     read_records,
-    survey,
     template_columns,
 )
 from xgenmm.captioning.program import QUANTIZE, main
-from xgenmm.models.quantization import KINDS
+from xgenmm.models.quantization import QUANTIZATIONS
 
 COLORS = ("red", "green", "blue", "yellow", "black", "purple", "orange")
 NEW_TOKENS = 6
@@ -51,7 +51,7 @@ def engine(checkpoint: Path) -> Engine:
 
 
 def encoded(number: int = 0) -> bytes:
-    """A PNG; another number gives another picture."""
+    """A PNG; another number gives another image."""
     file = io.BytesIO()
     color = COLORS[number % len(COLORS)]
     Image.new("RGB", (20 + 3 * number % 29, 20 + number), color).save(file, "PNG")
@@ -99,7 +99,7 @@ def caption(source: Path | str, output: Path, checkpoint: Path, *options: str) -
 def test_a_folder(tmp_path: Path) -> None:
     draw(tmp_path / "b", 2)
     (tmp_path / "a.JPG").write_bytes(encoded())
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     found = records(tmp_path, "What is in {image}?")
     assert [record.id for record in found] == ["a.JPG", "b/000.png", "b/001.png"]
     assert found[1].questions == ("What is in b/000.png?",)
@@ -120,9 +120,9 @@ def write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 @pytest.mark.parametrize("name", ["table.jsonl", "table.csv", "table.parquet"])
 def test_a_table(tmp_path: Path, name: str) -> None:
-    draw(tmp_path / "pictures", 2)
+    draw(tmp_path / "images", 2)
     rows = [
-        {"file": "pictures/000.png", "alt": 'a "red" thing,\nor {so}'},
+        {"file": "images/000.png", "alt": 'a "red" thing,\nor {so}'},
         {"file": "http://127.0.0.1:9/x.png", "alt": ""},
         {"file": "", "alt": "nothing"},
     ]
@@ -133,7 +133,7 @@ def test_a_table(tmp_path: Path, name: str) -> None:
     assert read_record(found[0]).size == (20, 20)
     assert found[1].source == found[1].image == "http://127.0.0.1:9/x.png"
     assert found[2].error == "image: the column 'file' of this row holds no path and no address"
-    assert survey(str(tmp_path / name), ["{alt}"], "file") == 3
+    assert count_records(str(tmp_path / name), ["{alt}"], "file") == 3
 
 
 def test_bytes_that_are_no_text_spoil_one_row_of_a_csv(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_rows_of_json_may_differ(tmp_path: Path) -> None:
     assert found[2].error == "INPUT: this line is no JSON object"
     assert found[3].error == "image: the column 'image' of this row holds no path and no address"
     assert found[3].questions == ("{tags}{n}",)
-    assert survey(str(table), ["{tags}{n}"], "image") == 4
+    assert count_records(str(table), ["{tags}{n}"], "image") == 4
     table.write_text('{"image": "a.png", "tags": "x"}\n{"image": "b.png"}')
     assert records(table, "{tags}")[1].error == "template: this row has no tags"
 
@@ -168,7 +168,7 @@ def test_tars(tmp_path: Path) -> None:
     assert records(tmp_path / "a.tar", "{image} {txt} {n}")[0].questions == ("s/0.png zero 0",)
     assert read_record(found[0]).size == (20, 20)
     assert read_record(found[2]).size == (23, 21)
-    assert found[1].error == "image: there is no picture beside s/1.txt"
+    assert found[1].error == "image: there is no image beside s/1.txt"
     assert found[3].error == "INPUT: 1.json cannot be read (it holds no object)"
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_tar_loses_only_itself(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.png": encoded(0), "1.png": encoded(1)})
     write_tar(tmp_path / "b.tar", {"0.png": encoded(0)})
     content = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(content[:1600])  # in the second picture
+    (tmp_path / "a.tar").write_bytes(content[:1600])  # in the second image
     found = records(tmp_path)
     assert [record.id for record in found if record.error is None] == ["a.tar/0", "b.tar/0"]
     [broken] = [record for record in found if record.error is not None]
@@ -206,7 +206,7 @@ def test_templates() -> None:
     [
         ("nowhere", "", "image", r"^INPUT: there is no .*nowhere; give a folder"),
         ("*.tar", "", "image", r"^INPUT: there is no .*\.tar"),
-        ("empty", "", "image", r"^INPUT: .*empty holds no picture"),
+        ("empty", "", "image", r"^INPUT: .*empty holds no image"),
         ("table.jsonl", "{x}", "image", r"^template: .* has no column 'x'; it has alt, image"),
         (
             "table.jsonl",
@@ -239,7 +239,7 @@ def test_an_input_that_cannot_be_listed(
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     (tmp_path / "broken.csv").write_text("image\n" + "a" * 20)
     with pytest.raises(InputError, match=message):
-        survey(str(tmp_path / source), [template], column)
+        count_records(str(tmp_path / source), [template], column)
 
 
 def test_addresses(tmp_path: Path, file_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,19 +265,19 @@ def test_addresses(tmp_path: Path, file_server: str, monkeypatch: pytest.MonkeyP
 def test_every_row_is_what_the_engine_says_alone(
     tmp_path: Path, checkpoint: Path, engine: Engine, format_: str
 ) -> None:
-    pictures = draw(tmp_path / "pictures", 9)
+    images = draw(tmp_path / "images", 9)
     output = tmp_path / f"out.{format_}"
     questions = ["What is it?", "Is it {red}?"]
     asked = [option for q in questions for option in ("--question", q)]
-    assert caption(pictures, output, checkpoint, "--shard-rows", "4", *asked) == 0
+    assert caption(images, output, checkpoint, "--shard-rows", "4", *asked) == 0
     rows = rows_of(output)
     assert len(rows) == 18
     assert {path.suffix for path in output.glob("part-*")} == {f".{format_}"}
     assert len(list(output.glob("part-*"))) == 5  # records are not torn apart
     for row in rows:
-        picture = xgenmm.read_picture(pictures / row["image"])
+        image = xgenmm.read_image(images / row["image"])
         sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
-        made = engine.stream(Request(row["question"], [picture], sampling=sampling))
+        made = engine.stream(Request(row["question"], [image], sampling=sampling))
         assert row["text"] == made.text()
         assert row["prompt_tokens"] == made.usage.prompt_tokens
         assert row["image_tokens"] == made.usage.image_tokens
@@ -286,12 +286,12 @@ def test_every_row_is_what_the_engine_says_alone(
         assert row["error"] is None
 
 
-def test_a_bad_picture_is_a_row_with_an_error(
+def test_a_bad_image_is_a_row_with_an_error(
     tmp_path: Path, checkpoint: Path, file_server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "good.png").write_bytes(encoded())
     (tmp_path / "cut.png").write_bytes(encoded()[:60])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     names = ["good.png", "cut.png", "text.png", "huge.png", "none\0.png", f"{file_server}/no.png"]
     table = tmp_path / "table.jsonl"
@@ -307,11 +307,11 @@ def test_a_bad_picture_is_a_row_with_an_error(
         rows[1:],
         [
             "image: the PNG file is damaged",
-            "image: the file is no picture",
-            "image: the picture has 9000 x 9000 pixels",
+            "image: the file is no image",
+            "image: the image has 9000 x 9000 pixels",
             "image: cannot read",
             f"image: {file_server}/no.png answers with HTTP 404",
-            "question: with its pictures",
+            "question: with its images",
             "question: half a character",
             "INPUT: this line is no JSON",
         ],
@@ -328,12 +328,12 @@ def test_a_bad_picture_is_a_row_with_an_error(
 def test_a_second_run_does_what_is_missing(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures, output = draw(tmp_path / "pictures", 5), tmp_path / "out.jsonl"
-    assert caption(pictures, output, checkpoint) == 0
+    images, output = draw(tmp_path / "images", 5), tmp_path / "out.jsonl"
+    assert caption(images, output, checkpoint) == 0
     first = {path.name: path.read_bytes() for path in output.iterdir()}
-    (pictures / "0005.png").write_bytes(encoded(5))  # not the last in order
+    (images / "0005.png").write_bytes(encoded(5))  # not the last in order
     (output / "_part-00001.jsonl.partial").write_text("half a row")
-    assert caption(f"{pictures}/", output, checkpoint) == 0
+    assert caption(f"{images}/", output, checkpoint) == 0
     second = {path.name: path.read_bytes() for path in output.iterdir()}
     assert second.keys() - first.keys() == {"part-00001.jsonl"}
     assert first.items() <= second.items()
@@ -342,25 +342,25 @@ def test_a_second_run_does_what_is_missing(
     def never(*_: object) -> None:
         raise AssertionError("an engine for nothing to do")
 
-    monkeypatch.setattr("xgenmm.captioning.pipeline.Task.load", never)
-    assert caption(pictures, output, checkpoint) == 0
+    monkeypatch.setattr("xgenmm.captioning.pipeline.CaptionTask.load", never)
+    assert caption(images, output, checkpoint) == 0
     assert {path.name: path.read_bytes() for path in output.iterdir()} == second
 
 
 def test_other_settings_need_another_output(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures, output = draw(tmp_path / "pictures", 1), tmp_path / "out"
-    assert caption(pictures, output, checkpoint, "--dtype", "float17") == 1
+    images, output = draw(tmp_path / "images", 1), tmp_path / "out"
+    assert caption(images, output, checkpoint, "--dtype", "float17") == 1
     assert "dtype: 'float17' is not one of" in capsys.readouterr().err
-    assert caption(pictures, output, checkpoint, "--question", "What?") == 0  # nothing was made
+    assert caption(images, output, checkpoint, "--question", "What?") == 0  # nothing was made
     other = shutil.copytree(checkpoint, tmp_path / "other")
     for source, model, options, message in (
-        (pictures, checkpoint, ("--question", "Why?"), "made with questions ['What?'], not ['Why?"),
-        (pictures, other, ("--question", "What?"), "was made with model"),
+        (images, checkpoint, ("--question", "Why?"), "made with questions ['What?'], not ['Why?"),
+        (images, other, ("--question", "What?"), "was made with model"),
         (tmp_path, checkpoint, ("--question", "What?"), "was made with input"),
-        (pictures, checkpoint, ("--question", "What?", "--top-k", "3"), "with top_k 0, not 3"),
-        (pictures, checkpoint, ("--question", "What?", "--format", "jsonl"), "made with format"),
+        (images, checkpoint, ("--question", "What?", "--top-k", "3"), "with top_k 0, not 3"),
+        (images, checkpoint, ("--question", "What?", "--format", "jsonl"), "made with format"),
     ):
         capsys.readouterr()
         assert caption(source, output, model, *options) == 1
@@ -371,16 +371,16 @@ def test_other_settings_need_another_output(
 def test_a_table_that_has_changed_needs_another_output(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw(tmp_path / "pictures", 2)
+    draw(tmp_path / "images", 2)
     table, output = tmp_path / "table.csv", tmp_path / "out"
-    table.write_text("image\npictures/000.png\n")
+    table.write_text("image\nimages/000.png\n")
     assert caption(table, output, checkpoint) == 0
-    table.write_text("image\npictures/000.png\npictures/001.png\n")
+    table.write_text("image\nimages/000.png\nimages/001.png\n")
     assert caption(table, output, checkpoint) == 0
     assert len(rows_of(output)) == 2
-    table.write_text("image\npictures/001.png\n")
+    table.write_text("image\nimages/001.png\n")
     assert caption(table, output, checkpoint) == 1
-    assert "for row 0, which now is 'pictures/001.png'" in capsys.readouterr().err
+    assert "for row 0, which now is 'images/001.png'" in capsys.readouterr().err
 
 
 def test_an_output_belongs_to_one_process_and_to_this_program(tmp_path: Path) -> None:
@@ -426,25 +426,25 @@ def test_wrong_options(
     options: tuple[str, ...],
     message: str,
 ) -> None:
-    pictures = draw(tmp_path / "pictures", 1)
-    assert caption(pictures, tmp_path / "out", checkpoint, *options) == 1
+    images = draw(tmp_path / "images", 1)
+    assert caption(images, tmp_path / "out", checkpoint, *options) == 1
     assert message in capsys.readouterr().err
 
 
 def test_the_program_waits_for_no_library_that_only_the_engine_needs() -> None:
     loaded = "import sys, xgenmm.captioning.program; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
-    assert set(QUANTIZE) == set(KINDS)
+    assert set(QUANTIZE) == set(QUANTIZATIONS)
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "parquet"])
 def test_killed_at_random_moments_every_row_is_there_once(
     tmp_path: Path, checkpoint: Path, format_: str
 ) -> None:
-    pictures, output = draw(tmp_path / "pictures", 100), tmp_path / f"out.{format_}"
+    images, output = draw(tmp_path / "images", 100), tmp_path / f"out.{format_}"
     whole = tmp_path / f"whole.{format_}"
     options = ("--question", "What?", "--question", "Why?", "--shard-rows", "3")
-    assert caption(pictures, whole, checkpoint, *options) == 0
+    assert caption(images, whole, checkpoint, *options) == 0
     # A server of forks has loaded the program once; it has no threads, which a fork would lose.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -456,7 +456,7 @@ def test_killed_at_random_moments_every_row_is_there_once(
     kills = 0
     while True:
         before = shards()
-        process = context.Process(target=exit_with, args=(pictures, output, checkpoint, *options))
+        process = context.Process(target=exit_with, args=(images, output, checkpoint, *options))
         process.start()
         if kills < 8:
             goal = len(before) + rng.randrange(3)

@@ -19,7 +19,7 @@ from tests.support import tiny
 from xgenmm import InputError, SamplingParams
 from xgenmm.captioning import pipeline as stages
 from xgenmm.captioning.datasets import open_shards, read_records
-from xgenmm.captioning.pipeline import Task, with_ray
+from xgenmm.captioning.pipeline import CaptionTask, with_ray
 
 QUESTION = "What is it?"
 
@@ -51,14 +51,14 @@ def test_actors_and_workers_and_the_program_may_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny.checkpoint(tmp_path / "tiny")
-    pictures = draw(tmp_path / "pictures", 60)
-    (pictures / "003.png").write_text("no picture")
+    images = draw(tmp_path / "images", 60)
+    (images / "003.png").write_text("no image")
     alone, output = tmp_path / "alone.jsonl", tmp_path / "out.jsonl"
     options = ("--question", QUESTION, "--shard-rows", "4")
-    assert caption(pictures, alone, checkpoint, *options) == 0
+    assert caption(images, alone, checkpoint, *options) == 0
 
     monkeypatch.setattr(stages, "BLOCK", 4)
-    command = [sys.executable, "-m", "xgenmm.captioning.program", str(pictures), "-o", str(output)]
+    command = [sys.executable, "-m", "xgenmm.captioning.program", str(images), "-o", str(output)]
     command += ["--model", str(checkpoint), "--max-new-tokens", str(NEW_TOKENS), *options]
     program = subprocess.Popen([*command, "--ray", "local", "--actors", "1"], cwd=ROOT)
     while program.poll() is None and not list(output.glob("part-*")):
@@ -72,10 +72,10 @@ def test_actors_and_workers_and_the_program_may_die(
     assert first
 
     settings = json.loads((output / "_settings.json").read_text())
-    task = Task(str(checkpoint), sampling=SamplingParams(max_new_tokens=NEW_TOKENS))
+    task = CaptionTask(str(checkpoint), sampling=SamplingParams(max_new_tokens=NEW_TOKENS))
     over = threading.Event()
     with open_shards(output, "jsonl", 4, settings) as shards, ThreadPoolExecutor(1) as aside:
-        missing = shards.missing(read_records(str(pictures), [QUESTION], "image"))
+        missing = shards.missing(read_records(str(images), [QUESTION], "image"))
         reader = aside.submit(kill_one, "_read_block", over)
         actor = None
         try:
@@ -89,9 +89,9 @@ def test_actors_and_workers_and_the_program_may_die(
 
 
 def test_a_cluster_must_be_there_and_large_enough() -> None:
-    task = Task("demo", device="cpu")
+    task = CaptionTask("demo", device="cpu")
     assert stages._actors({"CPU": 3.0}, task, None) == (2, False)
-    assert stages._actors({"CPU": 8.0, "GPU": 4.0}, Task("demo"), None) == (4, True)
+    assert stages._actors({"CPU": 8.0, "GPU": 4.0}, CaptionTask("demo"), None) == (4, True)
     with pytest.raises(InputError, match=r"^actors: 3 do not fit: the cluster has 2 CPU cores"):
         stages._actors({"CPU": 3.0}, task, 3)
     with pytest.raises(InputError, match=r"^ray: no cluster at '127\.0\.0\.1:9'"):
@@ -99,12 +99,12 @@ def test_a_cluster_must_be_there_and_large_enough() -> None:
 
 
 def test_what_is_no_cluster_is_named_soon(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures", 1)
+    draw(tmp_path / "images", 1)
     limits = ("gcs_rpc_server_connect_timeout_s", "py_gcs_connect_timeout_s")
     environment = os.environ | {f"RAY_{name}": "1" for name in limits}
     with socket.create_server(("127.0.0.1", 0)) as listening:  # it takes calls and never answers
         address = f"127.0.0.1:{listening.getsockname()[1]}"
-        command = [sys.executable, "-m", "xgenmm.captioning.program", str(tmp_path / "pictures")]
+        command = [sys.executable, "-m", "xgenmm.captioning.program", str(tmp_path / "images")]
         command += ["-o", str(tmp_path / "out"), "--model", "demo", "--ray", address]
         ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=60)
     assert ended.returncode == 1

@@ -18,7 +18,7 @@ from xgenmm import CheckpointError, Engine, InputError, Message, Request, Sampli
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.tokenizer import Tokens
+from xgenmm.preprocessing.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def engine_with_slow_tokens(folder: Path) -> Engine:
     config = read_config(folder)
     model = XGenMM(config)
     load_parameters(model, folder, device="cpu", dtype=torch.float32)
-    return Engine(model, Tokens.from_folder(folder, "slow", config.additional_ids))
+    return Engine(model, Tokenizer.from_folder(folder, "slow", config.additional_ids))
 
 
-def picture(width: int = 40, height: int = 30, color: str = "red") -> Image.Image:
+def image(width: int = 40, height: int = 30, color: str = "red") -> Image.Image:
     return Image.new("RGB", (width, height), color)
 
 
@@ -55,33 +55,33 @@ def text(engine: Engine, request: Request) -> str:
 
 
 def test_answer_streams_and_says_what_it_cost(engine: Engine) -> None:
-    answer = engine.stream(Request("What is it?", [picture()], sampling=params()))
+    answer = engine.stream(Request("What is it?", [image()], sampling=params()))
     pieces = list(answer)
     usage = answer.usage
     assert len(pieces) > 1
     assert usage.output_tokens == 12
     assert usage.stop_reason == "length"
     assert usage.image_tokens == 4 * (1 + 4)
-    prompt = engine.prompt(Request("What is it?", [picture()]))
+    prompt = engine.prompt(Request("What is it?", [image()]))
     assert usage.prompt_tokens == len(prompt.ids) - 1 + usage.image_tokens
     assert usage.time_to_first_token > 0
     assert usage.tokens_per_second > 0
 
 
-def test_same_request_same_text_and_pictures_matter(engine: Engine) -> None:
-    one = text(engine, Request("What is it?", [picture()], sampling=params()))
-    assert text(engine, Request("What is it?", [picture()], sampling=params())) == one
-    other = Request("What is it?", [picture(40, 30, "blue")], sampling=params())
+def test_same_request_same_text_and_images_matter(engine: Engine) -> None:
+    one = text(engine, Request("What is it?", [image()], sampling=params()))
+    assert text(engine, Request("What is it?", [image()], sampling=params())) == one
+    other = Request("What is it?", [image(40, 30, "blue")], sampling=params())
     assert text(engine, other) != one
 
 
-def test_several_pictures_turns_and_none(engine: Engine) -> None:
-    pictures = [picture(40, 30), picture(20, 60, "blue")]
+def test_several_images_turns_and_none(engine: Engine) -> None:
+    images = [image(40, 30), image(20, 60, "blue")]
     turns = (Message("user", "<image> What is it?"), Message("assistant", "A cat."))
-    placed = Request("And <image>?", pictures, messages=turns, sampling=params())
-    in_front = Request("And this?", pictures, messages=turns, sampling=params())
+    placed = Request("And <image>?", images, messages=turns, sampling=params())
+    in_front = Request("And this?", images, messages=turns, sampling=params())
     assert text(engine, placed)
-    answer = engine.stream(Request("And this?", pictures, sampling=params()))
+    answer = engine.stream(Request("And this?", images, sampling=params()))
     assert "".join(answer)
     assert answer.usage.image_tokens == 4 * (5 + 3)
     with pytest.raises(InputError, match=r"^images: 2 given, but 1 <image>"):
@@ -98,31 +98,31 @@ def encoded(shown: Image.Image, format_: str = "PNG") -> bytes:
 
 
 def test_a_file_seen_lately_is_not_read_again(engine: Engine) -> None:
-    red, blue = encoded(picture()), encoded(picture(color="blue"))
+    red, blue = encoded(image()), encoded(image(color="blue"))
     tiles = engine.tiles(red)
     assert engine.tiles(bytes(bytearray(red))) is tiles
     assert engine.tiles(blue) is not tiles
     assert engine.tiles(tiles) is tiles
-    assert np.array_equal(engine.tiles(picture()).pixels, tiles.pixels)
-    request = Request("What is it?", [picture()], sampling=params())
-    assert text(engine, replace(request, pictures=[tiles])) == text(engine, request)
+    assert np.array_equal(engine.tiles(image()).pixels, tiles.pixels)
+    request = Request("What is it?", [image()], sampling=params())
+    assert text(engine, replace(request, images=[tiles])) == text(engine, request)
 
 
 def test_an_engine_that_keeps_nothing_keeps_no_file(tmp_path: Path) -> None:
     forgetful = xgenmm.load(tiny.checkpoint(tmp_path), cache_bytes=0)
-    red = encoded(picture())
+    red = encoded(image())
     assert forgetful.tiles(red) is not forgetful.tiles(red)
 
 
-def test_a_file_that_is_no_picture_is_refused_by_its_name(engine: Engine) -> None:
+def test_a_file_that_is_no_image_is_refused_by_its_name(engine: Engine) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match=r"^images\[3\]: "):
-            engine.tiles(b"no picture", "images[3]")
+            engine.tiles(b"no image", "images[3]")
 
 
 def test_empty_question_asks_for_a_caption(engine: Engine) -> None:
-    asked = Request(engine.config.text.caption_question, [picture()])
-    assert engine.prompt(Request("  ", [picture()])) == engine.prompt(asked)
+    asked = Request(engine.config.text.caption_question, [image()])
+    assert engine.prompt(Request("  ", [image()])) == engine.prompt(asked)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_empty_question_asks_for_a_caption(engine: Engine) -> None:
     [
         (Request(""), r"^question: is empty and there is no image"),
         (Request("What is in <image>?"), r"^images: 0 given, but 1 <image>"),
-        (Request("<image> or <image>?", [picture()]), r"^images: 1 given, but 2 <image>"),
+        (Request("<image> or <image>?", [image()]), r"^images: 1 given, but 2 <image>"),
         (Request("long " * 300), r"^question: .* tokens .* more than the 255"),
     ],
 )
@@ -140,17 +140,17 @@ def test_what_cannot_be_answered(engine: Engine, request_: Request, message: str
 
 
 def test_too_long_says_by_how_much(engine: Engine) -> None:
-    pictures = [picture(60, 60)] * 15  # 5 tiles of 4 vision tokens each
-    request = Request("What is it?", pictures)
+    images = [image(60, 60)] * 15  # 5 tiles of 4 vision tokens each
+    request = Request("What is it?", images)
     total = len(engine.prompt(request).ids) - 15 + 15 * 20
     with pytest.raises(
-        InputError, match=f"takes {total} tokens .300 for 15 pictures.*{total - 255} more"
+        InputError, match=f"takes {total} tokens .300 for 15 images.*{total - 255} more"
     ):
         engine.stream(request)
 
 
 def test_answer_ends_where_the_context_does_and_past_the_window(engine: Engine) -> None:
-    request = Request("word " * 60, [picture()], sampling=params(2000))
+    request = Request("word " * 60, [image()], sampling=params(2000))
     answer = engine.stream(request)
     "".join(answer)
     usage = answer.usage
@@ -159,10 +159,10 @@ def test_answer_ends_where_the_context_does_and_past_the_window(engine: Engine) 
 
 
 def test_stop_sequence_is_cut_off(engine: Engine) -> None:
-    whole = text(engine, Request("What is it?", [picture()], sampling=params(30)))
+    whole = text(engine, Request("What is it?", [image()], sampling=params(30)))
     stop = whole[5:8]
     answer = engine.stream(
-        Request("What is it?", [picture()], sampling=params(30, stop_sequences=(stop,)))
+        Request("What is it?", [image()], sampling=params(30, stop_sequences=(stop,)))
     )
     assert "".join(answer) == whole[: whole.index(stop)]
     assert answer.usage.stop_reason == "stop"
@@ -170,7 +170,7 @@ def test_stop_sequence_is_cut_off(engine: Engine) -> None:
 
 
 def test_cancel_ends_before_the_next_token(engine: Engine) -> None:
-    answer = engine.stream(Request("What is it?", [picture()], sampling=params(200)))
+    answer = engine.stream(Request("What is it?", [image()], sampling=params(200)))
     pieces = iter(answer)
     next(pieces)
     answer.cancel()
@@ -178,19 +178,19 @@ def test_cancel_ends_before_the_next_token(engine: Engine) -> None:
     assert list(pieces) == []
     assert answer.usage.output_tokens <= made + 1
     assert answer.usage.stop_reason == "cancelled"
-    assert text(engine, Request("What is it?", [picture()], sampling=params()))  # it goes on
+    assert text(engine, Request("What is it?", [image()], sampling=params()))  # it goes on
 
 
 def test_cancel_ends_a_search_of_beams(engine: Engine) -> None:
     settings = params(200, num_beams=3)
-    answer = engine.stream(Request("What is it?", [picture()], sampling=settings))
+    answer = engine.stream(Request("What is it?", [image()], sampling=settings))
     answer.cancel()
     assert list(answer) == []
     assert (answer.usage.output_tokens, answer.usage.stop_reason) == (0, "cancelled")
 
 
 def test_an_abandoned_answer_does_not_block_the_next(engine: Engine) -> None:
-    request = Request("What is it?", [picture()], sampling=params(200))
+    request = Request("What is it?", [image()], sampling=params(200))
     expected = text(engine, request)
     abandoned = iter(engine.stream(request))
     next(abandoned)
@@ -212,14 +212,14 @@ def always_saying(engine: Engine, token: str) -> Iterator[None]:
 
 def test_special_tokens_are_no_text(engine: Engine) -> None:
     with always_saying(engine, "<|user|>"):
-        answer = engine.stream(Request("What is it?", [picture()], sampling=params(3)))
+        answer = engine.stream(Request("What is it?", [image()], sampling=params(3)))
         assert "".join(answer) == ""
     assert answer.usage.output_tokens == 3
 
 
 def test_end_token_ends_the_answer(engine: Engine) -> None:
     with always_saying(engine, "<|end|>"):
-        answer = engine.stream(Request("What is it?", [picture()], sampling=params()))
+        answer = engine.stream(Request("What is it?", [image()], sampling=params()))
         assert "".join(answer) == ""
     assert (answer.usage.stop_reason, answer.usage.output_tokens) == ("end", 1)
 
@@ -227,7 +227,7 @@ def test_end_token_ends_the_answer(engine: Engine) -> None:
 def test_seed_decides_sampled_text(engine: Engine) -> None:
     def sampled(seed: int) -> str:
         settings = params(20, temperature=1.0, seed=seed)
-        return text(engine, Request("What is it?", [picture()], sampling=settings))
+        return text(engine, Request("What is it?", [image()], sampling=settings))
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(4)}) > 1
@@ -235,14 +235,14 @@ def test_seed_decides_sampled_text(engine: Engine) -> None:
 
 def test_beams_and_penalty_answer(engine: Engine) -> None:
     for settings in ({"num_beams": 3}, {"repetition_penalty": 2.0}):
-        answer = engine.stream(Request("What?", [picture()], sampling=params(8, **settings)))
+        answer = engine.stream(Request("What?", [image()], sampling=params(8, **settings)))
         assert "".join(answer)
         assert answer.usage.output_tokens <= 8
 
 
 def test_base_model_takes_examples(base: Engine) -> None:
     shots = (Message("user", "What is it?"), Message("assistant", "A cat."))
-    request = Request("What is it?", [picture(), picture()], messages=shots, sampling=params())
+    request = Request("What is it?", [image(), image()], messages=shots, sampling=params())
     answer = base.stream(request)
     assert "".join(answer)
     assert answer.usage.image_tokens == 2 * 4
@@ -253,15 +253,15 @@ def test_base_model_takes_examples(base: Engine) -> None:
 def test_v1_reads_the_question_in_its_sampler(tmp_path: Path) -> None:
     engine = xgenmm.load(tiny.checkpoint(tmp_path, "v1"))
     assert engine.config.vision.tower == "open_clip"
-    assert engine.config.sampler.text_tokens == 256
-    assert text(engine, Request("What is it?", [picture()], sampling=params()))
+    assert engine.config.resampler.text_tokens == 256
+    assert text(engine, Request("What is it?", [image()], sampling=params()))
 
 
 def test_loading_is_cast_and_checked(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "tiny")
     engine = xgenmm.load(folder, device="cpu", dtype="bfloat16")
     assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
-    assert text(engine, Request("What is it?", [picture()], sampling=params()))
+    assert text(engine, Request("What is it?", [image()], sampling=params()))
     with pytest.raises(InputError, match=r"^dtype: 'int3' is not one of float32"):
         xgenmm.load(folder, dtype="int3")
     with pytest.raises(InputError, match=r"^device: 'tpux' is not one"):

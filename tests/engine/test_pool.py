@@ -15,7 +15,7 @@ from scripts.benchmarks.__main__ import direct as alone
 from tests.engine.test_scheduler import asking, assert_all_free
 from tests.support import tiny
 from xgenmm import Engine, Request, SamplingParams
-from xgenmm.engine.scheduler import Job, Scheduler
+from xgenmm.engine.scheduler import EngineRequest, Scheduler
 
 COLORS = ("red", "green", "blue", "black", "white", "orange")
 
@@ -39,7 +39,7 @@ def engine(two_cores: None, tmp_path: Path) -> Iterator[Engine]:
 @contextmanager
 def occupied(scheduler: Scheduler) -> Iterator[None]:
     """The scheduler has a job that never ends."""
-    job = cast(Job, object())
+    job = cast(EngineRequest, object())
     scheduler._jobs.add(job)
     yield
     scheduler._jobs.remove(job)

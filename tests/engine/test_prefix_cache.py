@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from xgenmm.config import DecoderConfig
-from xgenmm.engine.prefix_cache import BLOCK, PrefixCache, PromptKeys, Store, picture_key
+from xgenmm.engine.prefix_cache import BLOCK, LRUCache, PrefixCache, PromptHashes, image_key
 from xgenmm.models.phi3 import KVCache
 from xgenmm.preprocessing.prompts import Prompt
-from xgenmm.preprocessing.tiling import Tiles
+from xgenmm.preprocessing.tiling import TiledImage
 
 CONFIG = DecoderConfig(hidden_size=8, num_layers=2, num_heads=2)
 
@@ -28,16 +28,16 @@ def filled(rows: int, positions: int) -> KVCache:
     return cache
 
 
-def tiles(value: int = 0) -> Tiles:
-    return Tiles(np.full((3, 4, 4, 3), value, dtype=np.uint8), 2, 1, (8, 4))
+def tiles(value: int = 0) -> TiledImage:
+    return TiledImage(np.full((3, 4, 4, 3), value, dtype=np.uint8), 2, 1, (8, 4))
 
 
-def keys_of(prompt: Prompt, *pictures: Tiles, instructed: bool = False) -> PromptKeys:
-    return PromptKeys.of(prompt, pictures, 2 * BLOCK // 3, instructed=instructed)
+def keys_of(prompt: Prompt, *images: TiledImage, instructed: bool = False) -> PromptHashes:
+    return PromptHashes.of(prompt, images, 2 * BLOCK // 3, instructed=instructed)
 
 
 def test_store_forgets_what_was_used_longest_ago() -> None:
-    store = Store[torch.Tensor](10 * 1024)
+    store = LRUCache[torch.Tensor](10 * 1024)
     for name in (b"a", b"b", b"c"):
         store.put(name, tensor(3))
     assert store.get(b"a") is not None  # now b is the oldest
@@ -76,22 +76,22 @@ def test_the_end_of_a_prompt_is_forgotten_before_its_beginning() -> None:
     assert prefixes.restore(keys, cache, 1) == 3 * BLOCK
 
 
-def test_picture_key_covers_pixels_and_tiling() -> None:
+def test_image_key_covers_pixels_and_tiling() -> None:
     known = {
-        picture_key(one)
+        image_key(one)
         for one in (
             tiles(),
             tiles(1),
             replace(tiles(), columns=1, rows=2),
-            replace(tiles(), picture_size=(9, 4)),
-            Tiles(np.zeros((3, 4, 12, 1), dtype=np.uint8), 2, 1, (8, 4)),
+            replace(tiles(), image_size=(9, 4)),
+            TiledImage(np.zeros((3, 4, 12, 1), dtype=np.uint8), 2, 1, (8, 4)),
         )
     }
     assert len(known) == 5
-    assert picture_key(tiles()) in known
+    assert image_key(tiles()) in known
 
 
-def test_prompt_keys_cover_pictures_in_their_places() -> None:
+def test_prompt_keys_cover_images_in_their_places() -> None:
     ids = tuple(range(100, 100 + BLOCK))
     prompt = Prompt((*ids[:3], 5, *ids[3:]), ((3, 1),))
     keys = keys_of(prompt, tiles())
@@ -100,7 +100,7 @@ def test_prompt_keys_cover_pictures_in_their_places() -> None:
     assert len(keys.words) == BLOCK + count
     assert keys.blocks == keys_of(prompt, tiles()).blocks
     assert keys.blocks[0] != keys_of(prompt, tiles(1)).blocks[0]
-    # A text of the same length whose ids are the numbers of vision tokens is not a picture.
+    # A text of the same length whose ids are the numbers of vision tokens is not an image.
     text = Prompt((*ids[:3], *range(count), *ids[3:]), ())
     assert keys_of(text).blocks[0] != keys.blocks[0]
     moved = Prompt((*ids[:4], 5, *ids[4:]), ((4, 1),))
@@ -113,7 +113,7 @@ def test_what_depends_on_the_question_is_known_by_the_whole_prompt() -> None:
     assert keys_of(one, tiles()).blocks[:2] == keys_of(other, tiles()).blocks[:2]
     instructed = [keys_of(prompt, tiles(), instructed=True) for prompt in (one, other)]
     assert instructed[0].blocks[0] != instructed[1].blocks[0]
-    assert instructed[0].pictures == instructed[1].pictures
+    assert instructed[0].images == instructed[1].images
 
 
 def test_generated_tokens_continue_the_keys() -> None:

@@ -15,7 +15,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from xgenmm.engine.sampler import BeamSearch, RowSettings, StopText, draws, next_tokens, penalise
+from xgenmm.engine.sampler import (
+    BeamSearch,
+    SamplingMetadata,
+    StopStringChecker,
+    apply_repetition_penalty,
+    sample_tokens,
+    uniform_noise,
+)
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 from xgenmm.errors import InputError
 
@@ -27,8 +34,8 @@ def random_logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> Tensor:
 
 
 def chosen(logits: Tensor, params: list[SamplingParams], uniform: list[float]) -> list[int]:
-    settings = RowSettings.of(params, logits.device)
-    return next_tokens(logits, settings, torch.tensor(uniform)).tolist()
+    settings = SamplingMetadata.of(params, logits.device)
+    return sample_tokens(logits, settings, torch.tensor(uniform)).tolist()
 
 
 # settings
@@ -140,12 +147,12 @@ def test_rows_do_not_know_their_neighbours() -> None:
     ]
     logits = random_logits(4, rows=len(rows))
     seen = random_logits(5, rows=len(rows)) > 2
-    uniform = torch.stack([draws(row)[0] for row in rows])
+    uniform = torch.stack([uniform_noise(row)[0] for row in rows])
 
     def tokens(picked: list[int]) -> list[int]:
-        settings = RowSettings.of([rows[i] for i in picked], "cpu")
-        penalised = penalise(logits[picked], seen[picked], settings.penalty)
-        return next_tokens(penalised, settings, uniform[picked]).tolist()
+        settings = SamplingMetadata.of([rows[i] for i in picked], "cpu")
+        penalised = apply_repetition_penalty(logits[picked], seen[picked], settings.penalty)
+        return sample_tokens(penalised, settings, uniform[picked]).tolist()
 
     together = tokens([0, 1, 2, 3, 4])
     assert together == [tokens([i])[0] for i in range(len(rows))]
@@ -159,16 +166,16 @@ def test_half_precision_logits() -> None:
 
 
 def test_draws() -> None:
-    short = draws(SamplingParams(max_new_tokens=5, seed=7))
+    short = uniform_noise(SamplingParams(max_new_tokens=5, seed=7))
     for length in (15, 16, 17, 100, 2048):
-        longer = draws(SamplingParams(max_new_tokens=length, seed=7))
+        longer = uniform_noise(SamplingParams(max_new_tokens=length, seed=7))
         assert longer.shape == (length,)
         assert torch.equal(longer[:5], short)
     assert (longer >= 0).all()
     assert (longer < 1).all()
-    assert not torch.equal(short, draws(SamplingParams(max_new_tokens=5, seed=8)))
+    assert not torch.equal(short, uniform_noise(SamplingParams(max_new_tokens=5, seed=8)))
     unseeded = SamplingParams(max_new_tokens=5)
-    assert not torch.equal(draws(unseeded), draws(unseeded))
+    assert not torch.equal(uniform_noise(unseeded), uniform_noise(unseeded))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 2.0])
@@ -177,7 +184,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     history = torch.tensor([[1, 2, 2, 7], [0, 0, 0, 0], [23, 22, 21, 20]])
     expected = RepetitionPenaltyLogitsProcessor(penalty)(history, logits.clone())
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, history, True)
-    assert torch.equal(penalise(logits, seen, torch.full((3,), penalty)), expected)
+    assert torch.equal(apply_repetition_penalty(logits, seen, torch.full((3,), penalty)), expected)
 
 
 # beams
@@ -226,7 +233,9 @@ def beam_answer(seed: int) -> list[int]:
     seen = torch.zeros(1, VOCAB, dtype=torch.bool)
     while not search.finished:
         logits = model(inputs_embeds=embeddings, use_cache=False).logits[:, -1]
-        parents, tokens = search.advance(penalise(logits.log_softmax(dim=-1), seen, penalty))
+        parents, tokens = search.advance(
+            apply_repetition_penalty(logits.log_softmax(dim=-1), seen, penalty)
+        )
         column = torch.tensor(tokens)[:, None]
         embeddings = torch.cat((embeddings[parents], model.model.embed_tokens(column)), dim=1)
         seen = seen[parents].scatter_(1, column, True)
@@ -308,7 +317,7 @@ def test_stop_text_equals_a_plain_search() -> None:
     for _ in range(1000):
         stops = [random_text(1, 7) for _ in range(source.randint(0, 4))]
         text = random_text(0, 60)
-        stop_text, given, passed = StopText(stops), 0, ""
+        stop_text, given, passed = StopStringChecker(stops), 0, ""
         while given < len(text):
             size = source.randint(0, 5)
             passed += stop_text.push(text[given : given + size])
@@ -322,7 +331,7 @@ def test_stop_text_equals_a_plain_search() -> None:
 
 
 def test_stop_text_examples() -> None:
-    stop_text = StopText(["\n\n", "User:"])
+    stop_text = StopStringChecker(["\n\n", "User:"])
     assert [
         stop_text.push(piece) for piece in ("A cat.", "\n", "Us", "e a", "\n", "\nMore", "x")
     ] == [
@@ -339,15 +348,15 @@ def test_stop_text_examples() -> None:
 
 
 def test_the_first_complete_stop_counts() -> None:
-    stop_text = StopText(["abcd", "bc"])
+    stop_text = StopStringChecker(["abcd", "bc"])
     assert stop_text.push("xabcd") == "xa"
-    both = StopText(["c", "bc"])
+    both = StopStringChecker(["c", "bc"])
     assert both.push("abc") == "a"
 
 
 def test_stop_text_is_linear() -> None:
     """A stop sequence that nearly matches at every place of a long text."""
-    stop_text = StopText(["a" * 20_000 + "b"])
+    stop_text = StopStringChecker(["a" * 20_000 + "b"])
     passed = "".join(stop_text.push("a") for _ in range(100_000))
     assert len(passed) == 80_000
     assert stop_text.push("b") == ""

@@ -20,7 +20,7 @@ from tests.support import tiny
 from xgenmm import Answer, Engine, EngineError, InputError, Message, Request, SamplingParams
 from xgenmm.engine import scheduler as scheduling
 from xgenmm.engine.scheduler import Scheduler
-from xgenmm.preprocessing.tiling import tile_picture
+from xgenmm.preprocessing.tiling import tile_image
 
 SLOTS = 6
 
@@ -58,7 +58,7 @@ def assert_all_free(engine: Engine) -> None:
         assert sorted(held._free) == list(range(held.slots))
 
 
-def picture(color: str = "red", size: tuple[int, int] = (40, 30)) -> Image.Image:
+def image(color: str = "red", size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.new("RGB", size, color)
 
 
@@ -66,7 +66,7 @@ def asking(question: str = "What is it?", *colors: str, **settings: Any) -> Requ
     limit = settings.pop("limit", 12)
     return Request(
         question,
-        [picture(color) for color in colors],
+        [image(color) for color in colors],
         sampling=SamplingParams(max_new_tokens=limit, **settings),
     )
 
@@ -220,7 +220,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_steps(
     monkeypatch.setattr(scheduling, "TILES", 5)
     long = asking("Which?", "red", "blue", "green", "black")
     expected = alone(engine, long)
-    with recorded(engine.model, "features", "extend", "decode") as calls:
+    with recorded(engine.model, "features", "prefill_chunk", "decode") as calls:
         with gate(engine.model, "decode") as (come, go_on):
             running = engine.stream(asking(limit=60))
             assert come.wait(60)
@@ -234,13 +234,13 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_steps(
     between = work[steps[0] : steps[-1]]
     names = [name for name, _ in between]
     assert all("decode" in pair for pair in pairwise(names))
-    chunks = [sum(map(len, parts)) for name, parts in between if name == "extend"]
+    chunks = [sum(map(len, parts)) for name, parts in between if name == "prefill_chunk"]
     tiles = [sum(len(p.pixels) for p in shown) for name, shown in between if name == "features"]
     assert max(chunks) <= 16
     assert tiles == [5, 5, 5, 5]
 
 
-def test_waiting_pictures_are_encoded_together(
+def test_waiting_images_are_encoded_together(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduling, "TILES", 32)
@@ -251,19 +251,19 @@ def test_waiting_pictures_are_encoded_together(
             answers = [engine.stream(asking("What?", color)) for color in ("red", "blue", "red")]
             go_on.set()
         assert all(answer.text() for answer in [running, *answers])
-    assert [len(arguments[0]) for _, arguments in calls] == [2]  # the same picture only once
+    assert [len(arguments[0]) for _, arguments in calls] == [2]  # the same image only once
 
 
-# A picture is paid for once
+# An image is paid for once
 
 
 def test_a_second_question_prefills_only_its_own_tokens(engine: Engine, forgetful: Engine) -> None:
     first, second = asking("What is it?", "red", "blue"), asking("Which color?", "red", "blue")
     engine.stream(first).text()
-    with recorded(engine.model, "features", "extend") as calls:
+    with recorded(engine.model, "features", "prefill_chunk") as calls:
         answer = engine.stream(second)
         assert answer.text() == forgetful.stream(second).text()
-    assert [name for name, _ in calls] == ["extend"]
+    assert [name for name, _ in calls] == ["prefill_chunk"]
     usage = answer.usage
     assert usage.image_tokens < usage.cached_tokens < usage.prompt_tokens
     assert sum(len(part) for part in calls[0][1][0]) == usage.prompt_tokens - usage.cached_tokens
@@ -274,7 +274,7 @@ def test_the_next_turn_reuses_prompt_and_answer(engine: Engine, forgetful: Engin
     said = engine.stream(first)
     text = said.text()
     turns = (Message("user", first.question), Message("assistant", text))
-    follow_up = Request("And why?", first.pictures, messages=turns, sampling=first.sampling)
+    follow_up = Request("And why?", first.images, messages=turns, sampling=first.sampling)
     answer = engine.stream(follow_up)
     assert answer.text() == forgetful.stream(follow_up).text()
     assert answer.usage.cached_tokens > said.usage.prompt_tokens - 32
@@ -285,12 +285,12 @@ def test_never_a_wrong_hit(tmp_path: Path, version: str) -> None:
     checkpoint = tiny.checkpoint(tmp_path / version, version)
     warm = xgenmm.load(checkpoint, slots=2, cache_bytes=1 << 24)
     cold = xgenmm.load(checkpoint, slots=2, cache_bytes=0)
-    almost = picture()
+    almost = image()
     almost.putpixel((20, 15), (255, 0, 60))
-    pictures = [picture(), almost, picture(size=(30, 40)), picture(size=(80, 60))]
+    images = [image(), almost, image(size=(30, 40)), image(size=(80, 60))]
     systems = (None, "Be kind.")
     for question in ("What is it?", "What color is this thing?"):
-        for shown in pictures:
+        for shown in images:
             for system in systems:
                 request = Request(question, [shown], system, sampling=SamplingParams(8))
                 assert warm.stream(request).text() == cold.stream(request).text()
@@ -304,9 +304,9 @@ def test_caches_keep_to_their_budget(folder: Path) -> None:
     held = scheduler(small).caches
     for number in range(12):
         request = asking(f"Number {number}?", "red", limit=2)
-        small.stream(Request(request.question, [picture(size=(40 + number, 30))])).cancel()
+        small.stream(Request(request.question, [image(size=(40 + number, 30))])).cancel()
         small.stream(request).text()
-        assert held.pictures.used + held.prefixes.store.used <= 100_000
+        assert held.images.used + held.prefixes.store.used <= 100_000
     assert len(held.prefixes.store) > 0
     small.close()
 
@@ -316,13 +316,13 @@ def test_caches_keep_to_their_budget(folder: Path) -> None:
 
 def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
     choices = ("red", "a blue star", "yes", "purple triangle and more")
-    request = Request("What is it?", [picture()], choices=choices)
+    request = Request("What is it?", [image()], choices=choices)
     answer = engine.stream(request)
     said = answer.text()
 
     prompt = engine.prompt(request)
-    tiles = [tile_picture(picture(), engine.config.tiling, engine.config.vision.image_size)]
-    embeds = engine.model.fuse(prompt, engine.model.encode(tiles))
+    tiles = [tile_image(image(), engine.config.tiling, engine.config.vision.image_size)]
+    embeds = engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles))
     scores = []
     for choice in choices:
         ids = engine._choice_ids(choice)
@@ -388,7 +388,7 @@ def test_cancel_frees_the_slot_within_a_step(
         next(one)
     waiting = engine.stream(asking("Me too?", limit=2))
     with (
-        recorded(engine.model, "decode", "extend") as calls,
+        recorded(engine.model, "decode", "prefill_chunk") as calls,
         gate(engine.model, "decode") as (come, go_on),
     ):
         assert come.wait(60)
@@ -398,7 +398,7 @@ def test_cancel_frees_the_slot_within_a_step(
         assert waiting.text() == expected
     assert answers[2].usage.stop_reason == "cancelled"
     # The step that was held, and then the one who waited has the slot.
-    assert [name for name, _ in calls[before:]].index("extend") == 1
+    assert [name for name, _ in calls[before:]].index("prefill_chunk") == 1
     for answer in answers:
         answer.cancel()
         answer.text()
@@ -425,7 +425,7 @@ def test_a_failing_request_fails_alone(engine: Engine) -> None:
     with gate(engine.model, "decode") as (come, go_on):
         running = engine.stream(asking(limit=30))
         assert come.wait(60)
-        with failing(engine.model, "fuse", ValueError("boom"), times=1):
+        with failing(engine.model, "merge_multimodal_embeddings", ValueError("boom"), times=1):
             wrong = engine.stream(asking("Wrong?"))
             go_on.set()
             with pytest.raises(EngineError, match=r"failed in the model: ValueError\('boom'\)"):
@@ -447,7 +447,9 @@ def test_a_failing_step_fails_those_in_it_and_the_engine_goes_on(engine: Engine)
     assert engine.stream(asking()).text() == alone(engine, asking())
 
 
-@pytest.mark.parametrize("method", ["features", "extend", "decode", "fuse"])
+@pytest.mark.parametrize(
+    "method", ["features", "prefill_chunk", "decode", "merge_multimodal_embeddings"]
+)
 def test_out_of_memory_drops_the_caches_and_tries_once_more(engine: Engine, method: str) -> None:
     engine.stream(asking("Before?", "blue")).text()
     error = torch.OutOfMemoryError("CUDA out of memory")

@@ -9,12 +9,12 @@ import torch
 
 from tests.support.tiny import DEMO
 from xgenmm.checkpoints.registry import read_config
-from xgenmm.engine.structured_output import Constraint, Grammars
+from xgenmm.engine.structured_output import Grammar, GrammarCompiler
 from xgenmm.errors import InputError
-from xgenmm.preprocessing.tokenizer import Tokens
+from xgenmm.preprocessing.tokenizer import Tokenizer
 
 CONFIG = read_config(DEMO)
-TOKENS = Tokens.from_folder(DEMO, CONFIG.text.convention, CONFIG.additional_ids)
+TOKENS = Tokenizer.from_folder(DEMO, CONFIG.text.convention, CONFIG.additional_ids)
 VOCAB = CONFIG.decoder.initial_vocab + CONFIG.decoder.additional_tokens
 ENDS = {TOKENS.id(token) for token in CONFIG.text.stop_tokens}
 
@@ -87,12 +87,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def grammars() -> Grammars:
+def grammars() -> GrammarCompiler:
     """For the demo's tokenizer."""
-    return Grammars(TOKENS, ENDS, VOCAB)
+    return GrammarCompiler(TOKENS, ENDS, VOCAB)
 
 
-def walk(constraint: Constraint, limit: int, seed: int) -> list[int]:
+def walk(constraint: Grammar, limit: int, seed: int) -> list[int]:
     """At most `limit` tokens that a model with random opinions chooses, without the end."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -106,7 +106,7 @@ def walk(constraint: Constraint, limit: int, seed: int) -> list[int]:
     return ids
 
 
-def spelled(constraint: Constraint, text: str) -> bool:
+def spelled(constraint: Grammar, text: str) -> bool:
     """Whether the constraint admits this text whole, made of the tokens of its characters."""
     for character in text:
         token = next(i for i in range(VOCAB) if constraint._grammars.texts[i] == character.encode())
@@ -117,14 +117,14 @@ def spelled(constraint: Constraint, text: str) -> bool:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_whatever_comes_is_json_that_validates(grammars: Grammars, name: str) -> None:
+def test_whatever_comes_is_json_that_validates(grammars: GrammarCompiler, name: str) -> None:
     for seed in range(4):
         ids = walk(grammars.compile(SCHEMAS[name]), limit=150, seed=seed)
         jsonschema.validate(json.loads(TOKENS.decode(ids)), SCHEMAS[name])
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_short_limit_still_gives_whole_json(grammars: Grammars, name: str) -> None:
+def test_a_short_limit_still_gives_whole_json(grammars: GrammarCompiler, name: str) -> None:
     way = grammars.compile(SCHEMAS[name]).way_out(200)
     for limit in (len(way), len(way) + 1, len(way) + 20):
         constraint = grammars.compile(SCHEMAS[name])
@@ -133,7 +133,7 @@ def test_a_short_limit_still_gives_whole_json(grammars: Grammars, name: str) -> 
     assert len(way) > 1
 
 
-def test_only_the_limit_shapes_an_answer(grammars: Grammars) -> None:
+def test_only_the_limit_shapes_an_answer(grammars: GrammarCompiler) -> None:
     free, bound = grammars.compile({"type": "string"}), grammars.compile({"type": "string"})
     assert torch.equal(free.mask(), bound.mask(left=500))
     assert not bound.cut
@@ -141,31 +141,31 @@ def test_only_the_limit_shapes_an_answer(grammars: Grammars) -> None:
     assert bound.cut
 
 
-def test_a_limit_below_any_answer_is_no_error(grammars: Grammars) -> None:
+def test_a_limit_below_any_answer_is_no_error(grammars: GrammarCompiler) -> None:
     constraint = grammars.compile(BOX)
     assert len(walk(constraint, limit=4, seed=0)) == 4
     assert not constraint.cut
 
 
 @pytest.mark.parametrize("text", ['{"a":1}', ' {"a": 1}', '{"a":-7}'])
-def test_space_where_it_is_allowed(grammars: Grammars, text: str) -> None:
+def test_space_where_it_is_allowed(grammars: GrammarCompiler, text: str) -> None:
     assert spelled(grammars.compile(closed(a={"type": "integer"})), text)
 
 
 @pytest.mark.parametrize(
     "text", ['  {"a":1}', '{ "a":1}', '{"a" :1}', '{"a":  1}', '{"a":1 }', '{"a":1} ', "{'a':1}"]
 )
-def test_space_where_it_is_not(grammars: Grammars, text: str) -> None:
+def test_space_where_it_is_not(grammars: GrammarCompiler, text: str) -> None:
     assert not spelled(grammars.compile(closed(a={"type": "integer"})), text)
 
 
-def test_a_member_has_one_spelling(grammars: Grammars) -> None:
+def test_a_member_has_one_spelling(grammars: GrammarCompiler) -> None:
     schema = SCHEMAS["named and other"]
     assert spelled(grammars.compile(schema), '{"a":1,"b":"x"}')
     assert not spelled(grammars.compile(schema), '{"\\u0061":"x"}')
 
 
-def test_the_prefix_of_the_first_token_is_no_part_of_the_answer(grammars: Grammars) -> None:
+def test_the_prefix_of_the_first_token_is_no_part_of_the_answer(grammars: GrammarCompiler) -> None:
     constraint = grammars.compile({"type": "integer"})
     prefix = next(
         i for i in range(VOCAB) if TOKENS.decode([i, i]) == " " and not TOKENS.decode([i])
@@ -176,7 +176,7 @@ def test_the_prefix_of_the_first_token_is_no_part_of_the_answer(grammars: Gramma
     assert TOKENS.decode([prefix, *walk(constraint, 20, seed=1)]).strip("-").isdecimal()
 
 
-def test_special_tokens_only_end(grammars: Grammars) -> None:
+def test_special_tokens_only_end(grammars: GrammarCompiler) -> None:
     specials = set(TOKENS.specials.values())
     constraint = grammars.compile({"type": "string"})
     for token in walk(grammars.compile({"type": "string"}), limit=60, seed=2):
@@ -188,7 +188,7 @@ def test_special_tokens_only_end(grammars: Grammars) -> None:
     assert {int(i) for i in constraint.mask().nonzero()} == ENDS
 
 
-def test_a_number_may_end_or_go_on_up_to_its_length(grammars: Grammars) -> None:
+def test_a_number_may_end_or_go_on_up_to_its_length(grammars: GrammarCompiler) -> None:
     constraint = grammars.compile({"type": "integer"})
     seven = grammars.texts.index(b"7")
     for _ in range(15):
@@ -200,7 +200,7 @@ def test_a_number_may_end_or_go_on_up_to_its_length(grammars: Grammars) -> None:
     assert json.loads(TOKENS.decode(walk(large, 30, seed=3))) >= 10**17
 
 
-def test_bytes_make_whole_characters(grammars: Grammars) -> None:
+def test_bytes_make_whole_characters(grammars: GrammarCompiler) -> None:
     """With nothing but byte tokens to choose from, beyond ASCII where it can be."""
     texts, generator = grammars.texts, torch.Generator().manual_seed(4)
     high = torch.tensor([len(text) == 1 and text[0] >= 0x80 for text in texts])
@@ -216,7 +216,7 @@ def test_bytes_make_whole_characters(grammars: Grammars) -> None:
     assert "\N{REPLACEMENT CHARACTER}" not in text
 
 
-def test_constraints_share_nothing(grammars: Grammars) -> None:
+def test_constraints_share_nothing(grammars: GrammarCompiler) -> None:
     alone = [walk(grammars.compile(BOX), 90, seed) for seed in (5, 6)]
     pair = [grammars.compile(BOX) for _ in alone]
     for tokens in zip(*alone, strict=False):
@@ -227,7 +227,7 @@ def test_constraints_share_nothing(grammars: Grammars) -> None:
     assert alone[0] != alone[1]
 
 
-def test_a_token_that_was_not_allowed(grammars: Grammars) -> None:
+def test_a_token_that_was_not_allowed(grammars: GrammarCompiler) -> None:
     with pytest.raises(ValueError, match="is not allowed after"):
         grammars.compile(BOX).advance(grammars.texts.index(b"}"))
 
@@ -257,7 +257,7 @@ def test_a_token_that_was_not_allowed(grammars: Grammars) -> None:
     ],
 )
 def test_what_cannot_be_enforced_is_refused_where_it_is(
-    grammars: Grammars, part: dict[str, Any], message: str
+    grammars: GrammarCompiler, part: dict[str, Any], message: str
 ) -> None:
     schema = closed(a={"type": "array", "items": part}, b={"type": "null"})
     with pytest.raises(InputError) as refused:
@@ -283,7 +283,7 @@ def test_what_cannot_be_enforced_is_refused_where_it_is(
         ([], "must be a JSON schema as an object"),
     ],
 )
-def test_what_is_no_schema_is_refused(grammars: Grammars, schema: Any, message: str) -> None:
+def test_what_is_no_schema_is_refused(grammars: GrammarCompiler, schema: Any, message: str) -> None:
     with pytest.raises(InputError) as refused:
         grammars.compile(schema)
     assert str(refused.value).startswith("json_schema: ")

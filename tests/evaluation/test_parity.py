@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import golden_data
 from xgenmm.evaluation.parity import check_folder, golden_config, main
-from xgenmm.models.image_features import normalise
-from xgenmm.preprocessing.images import read_picture
-from xgenmm.preprocessing.tiling import tile_picture
+from xgenmm.models.image_features import normalize
+from xgenmm.preprocessing.images import read_image
+from xgenmm.preprocessing.tiling import tile_image
 
 
 def test_every_golden_case_is_reproduced() -> None:
@@ -72,15 +72,15 @@ def test_base_preprocessing() -> None:
     tiling = golden_config(golden).tiling
     compared = 0
     for case in golden["cases"]:
-        picture = read_picture(folder / case["images"][0])
+        image = read_image(folder / case["images"][0])
         for key, config in (
             ("pixel_values", tiling),
             ("pixel_values_pad", replace(tiling, mode="pad")),
         ):
             expected = activations.get(f"{case['name']}.{key}")
             if expected is not None:
-                pixels = torch.from_numpy(tile_picture(picture, config, 42).pixels)
-                found = normalise(pixels, config, torch.float32)
+                pixels = torch.from_numpy(tile_image(image, config, 42).pixels)
+                found = normalize(pixels, config, torch.float32)
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
                 compared += 1
     assert compared == 3

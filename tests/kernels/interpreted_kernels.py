@@ -14,13 +14,13 @@ import torch
 from torch.nn import functional as F
 
 from tests.kernels.test_triton_ops import TINY
-from xgenmm.config import DecoderConfig, SamplerConfig, VisionConfig, XGenMMConfig
+from xgenmm.config import DecoderConfig, ResamplerConfig, VisionConfig, XGenMMConfig
 from xgenmm.kernels import decode_step as kernel_step
 from xgenmm.kernels import triton_ops as kernels
-from xgenmm.kernels.cuda_graphs import DecodeGraphs
-from xgenmm.kernels.decode_step import KernelStep, rotary_tables
+from xgenmm.kernels.cuda_graphs import CudaGraphRunner
+from xgenmm.kernels.decode_step import KernelDecodeStep, rotary_tables
 from xgenmm.models.phi3 import KVCache, rotary_angles
-from xgenmm.models.quantization import KINDS, prepare, quantized
+from xgenmm.models.quantization import QUANTIZATIONS, quantize_linear_layers, quantize_weight
 from xgenmm.models.xgenmm import XGenMM
 
 CPU = torch.device("cpu")
@@ -60,13 +60,13 @@ def test_linear_with_all_that_is_fused(
     assert relative(found, expected + residual.float()) < tolerance
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("gated", [False, True])
 def test_linear_with_quantised_weights(kind: str, rows: int, gated: bool) -> None:
     torch.manual_seed(1)
     x = torch.randn(rows, 64)
-    weight, scale = quantized(torch.randn(40, 64), kind)
+    weight, scale = quantize_weight(torch.randn(40, 64), kind)
     expected = F.linear(x, weight.float() * scale[:, None])
     if gated:
         expected = F.silu(expected[:, :20]) * expected[:, 20:]
@@ -146,12 +146,12 @@ def model(kind: str | None = None) -> XGenMM:
     torch.manual_seed(6)
     made = XGenMM(
         XGenMMConfig(
-            VisionConfig("siglip", 16, 16, 1, 1, 28, 14), SamplerConfig(2, 1, 1, 8), decoder=TINY
+            VisionConfig("siglip", 16, 16, 1, 1, 28, 14), ResamplerConfig(2, 1, 1, 8), decoder=TINY
         )
     )
     made.eval().requires_grad_(False)
     if kind is not None:
-        prepare(made.decoder, kind)
+        quantize_linear_layers(made.decoder, kind)
     return made
 
 
@@ -180,7 +180,9 @@ def test_whole_step_through_the_buckets_equals_the_plain_one(
     )
     for cache in (plain, fast):
         made.prefill(prompts, cache)
-    graphs = DecodeGraphs(KernelStep(made, fast), rows, CPU, capture=lambda function: function)
+    graphs = CudaGraphRunner(
+        KernelDecodeStep(made, fast), rows, CPU, capture=lambda function: function
+    )
     for step, new in enumerate(tokens):
         expected = made.decode(new, lengths + step, plain)
         found = graphs.decode(new, lengths + step)

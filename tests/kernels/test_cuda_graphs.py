@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from xgenmm.kernels.cuda_graphs import DecodeGraphs
+from xgenmm.kernels.cuda_graphs import CudaGraphRunner
 
 CPU = torch.device("cpu")
 
@@ -27,9 +27,9 @@ class Recorder:
         return function
 
 
-def graphs(most_rows: int) -> tuple[Recorder, DecodeGraphs]:
+def graphs(most_rows: int) -> tuple[Recorder, CudaGraphRunner]:
     recorder = Recorder()
-    return recorder, DecodeGraphs(recorder.step, most_rows, CPU, recorder.capture)
+    return recorder, CudaGraphRunner(recorder.step, most_rows, CPU, recorder.capture)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_capturing_touches_no_row() -> None:
         positions.append(function().flatten().unique().tolist())
         return function
 
-    DecodeGraphs(lambda tokens, places: places[:, None].float(), 4, CPU, capture)
+    CudaGraphRunner(lambda tokens, places: places[:, None].float(), 4, CPU, capture)
     assert positions == [[-1.0]] * 3
 
 

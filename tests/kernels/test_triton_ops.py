@@ -21,8 +21,8 @@ from triton.runtime import driver
 from xgenmm.config import INTERLEAVE, RELEASES, DecoderConfig
 from xgenmm.kernels import triton_ops as kernels
 from xgenmm.kernels.cuda_graphs import compile_kernels, needed_buckets
-from xgenmm.kernels.decode_step import KernelStep
-from xgenmm.models.quantization import prepare
+from xgenmm.kernels.decode_step import KernelDecodeStep
+from xgenmm.models.quantization import quantize_linear_layers
 from xgenmm.models.xgenmm import XGenMM
 
 TINY = DecoderConfig(
@@ -142,8 +142,8 @@ def test_a_step_launches_what_was_compiled_ahead_and_nothing_else(
         shell = XGenMM(config)
     shell.vlm.lang_model.to_empty(device="cpu").bfloat16()
     if quantize is not None:
-        prepare(shell, quantize)
-    step = KernelStep(shell, shell.cache(rows, TINY.max_positions + 1))
+        quantize_linear_layers(shell, quantize)
+    step = KernelDecodeStep(shell, shell.cache(rows, TINY.max_positions + 1))
     for bucket in needed_buckets(rows):
         step(torch.zeros(bucket, dtype=torch.long), torch.zeros(bucket, dtype=torch.long))
     assert len(launched) > 50

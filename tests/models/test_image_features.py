@@ -3,12 +3,12 @@
 import torch
 
 from xgenmm.config import TilingConfig
-from xgenmm.models.image_features import normalise, padding_mask, regroup
+from xgenmm.models.image_features import normalize, padding_mask, regroup
 
 
 def test_normalise() -> None:
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1).expand(-1, -1, -1, 3)
-    values = normalise(pixels, TilingConfig(), torch.float32)
+    values = normalize(pixels, TilingConfig(), torch.float32)
     assert values.shape == (1, 3, 1, 2)
     assert values.unique().tolist() == [-1.0, 1.0]
 
@@ -34,6 +34,6 @@ def test_mask_marks_the_padding_of_the_canvas_only() -> None:
     mask = padding_mask(3, 1, (300, 20), side=3)
     assert mask.shape == (4, 9)
     assert mask[0].all()
-    # 9 x 3 features; the picture is int(20 * 9 / 300) = 0 features high, so (3 - 0) // 2 = 1 row
+    # 9 x 3 features; the image is int(20 * 9 / 300) = 0 features high, so (3 - 0) // 2 = 1 row
     # is padding above and below.
     assert mask[1:].flatten().tolist() == [False] * 9 + [True] * 9 + [False] * 9

@@ -11,7 +11,14 @@ from tests.support import tiny
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.errors import InputError
-from xgenmm.models.quantization import KINDS, QuantizedLinear, check_kind, drift, prepare, quantized
+from xgenmm.models.quantization import (
+    QUANTIZATIONS,
+    QuantizedLinear,
+    check_quantization,
+    drift,
+    quantize_linear_layers,
+    quantize_weight,
+)
 from xgenmm.models.xgenmm import XGenMM
 
 # Largest error of one weight, in its feature's largest weight: half a step of int8, and of fp8 half
@@ -19,23 +26,23 @@ from xgenmm.models.xgenmm import XGenMM
 ERRORS = {"int8": 0.5 / 127, "fp8": 1 / 16}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_weights_are_kept_within_half_a_step(kind: str) -> None:
     torch.manual_seed(0)
     exact = torch.randn(20, 64)
     exact[3] = 0
-    weight, scale = quantized(exact, kind)
-    assert weight.dtype == KINDS[kind][0]
+    weight, scale = quantize_weight(exact, kind)
+    assert weight.dtype == QUANTIZATIONS[kind][0]
     error = (weight.float() * scale[:, None] - exact).abs().amax(dim=1)
     assert (error <= ERRORS[kind] * exact.abs().amax(dim=1) * 1.001).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_layer_multiplies_by_the_stored_weights(kind: str, dtype: torch.dtype, rows: int) -> None:
     torch.manual_seed(1)
-    layer = QuantizedLinear(*quantized(torch.randn(48, 64), kind))
+    layer = QuantizedLinear(*quantize_weight(torch.randn(48, 64), kind))
     x = torch.randn(2, rows, 64).to(dtype)
     expected = F.linear(x.float(), layer.weight.float() * layer.scale[:, None])
     found = layer(x)
@@ -48,7 +55,7 @@ def test_a_whole_decoder_drifts_little(kind: str, most: float) -> None:
     decoder = random_decoder()
     embeds = torch.randn(30, decoder.config.hidden_size)
     exact = decoder.lm_head(run(decoder, embeds, [20, 10]))
-    prepare(decoder, kind)
+    quantize_linear_layers(decoder, kind)
     assert sum(isinstance(layer, QuantizedLinear) for layer in decoder.modules()) == 8
     moved = drift(exact, decoder.lm_head(run(decoder, embeds, [20, 10])))
     assert 0 < moved.relative < most
@@ -65,7 +72,7 @@ def test_drift_of_the_same_logits_is_nothing_whatever_is_added() -> None:
     assert same.divergence == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_checkpoint_is_quantised_while_it_is_read(tmp_path: Path, kind: str) -> None:
     folder = tiny.checkpoint(tmp_path / "tiny")
     states = []
@@ -78,7 +85,7 @@ def test_checkpoint_is_quantised_while_it_is_read(tmp_path: Path, kind: str) -> 
     layers = [name.removesuffix(".scale") for name in found if name.endswith(".scale")]
     assert len(layers) == 4 * 2
     for layer in layers:
-        weight, scale = quantized(plain.pop(f"{layer}.weight"), kind)
+        weight, scale = quantize_weight(plain.pop(f"{layer}.weight"), kind)
         torch.testing.assert_close(found.pop(f"{layer}.weight"), weight, rtol=0, atol=0)
         torch.testing.assert_close(found.pop(f"{layer}.scale"), scale, rtol=0, atol=0)
     assert plain.keys() == found.keys()
@@ -87,4 +94,4 @@ def test_checkpoint_is_quantised_while_it_is_read(tmp_path: Path, kind: str) -> 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(InputError, match="quantize: 'int3' is not one of int8, fp8"):
-        check_kind("int3", torch.device("cpu"))
+        check_quantization("int3", torch.device("cpu"))

@@ -8,16 +8,16 @@ import psutil
 import pytest
 import torch
 
-from scripts.benchmarks.gpu import their_decoder
 from tests.support import golden_data
 from xgenmm.config import INTERLEAVE, RELEASES, DecoderConfig
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.evaluation.parity import golden_model
 from xgenmm.models.phi3 import KVCache, Phi3Decoder, visible_keys
+from xgenmm.models.phi3_huggingface import to_transformers
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.images import read_picture
-from xgenmm.preprocessing.tiling import tile_picture
+from xgenmm.preprocessing.images import read_image
+from xgenmm.preprocessing.tiling import tile_image
 
 TINY = DecoderConfig(
     vocab_size=96,
@@ -71,7 +71,7 @@ def test_decoder_equals_transformers_also_past_the_window(length: int) -> None:
     decoder = random_decoder()
     ids = torch.randint(0, TINY.initial_vocab, (length,))
     with torch.no_grad():
-        expected = their_decoder(decoder, torch.float32)(input_ids=ids[None]).logits[
+        expected = to_transformers(decoder, torch.float32)(input_ids=ids[None]).logits[
             0, :, : TINY.initial_vocab
         ]
     found = decoder.lm_head(run(decoder, decoder.embed(ids), [length]))
@@ -132,8 +132,8 @@ def test_a_part_is_padded_as_far_as_the_cache_has_room(golden: XGenMM, room: int
     embeds = torch.randn(13, golden.config.decoder.hidden_size)
     expected = golden.prefill([embeds], golden.cache(1, 16))
     cache = golden.cache(2, len(embeds) + room)
-    golden.extend([embeds[:9]], [0], [1], cache)
-    logits = golden.extend([embeds[9:]], [9], [1], cache)
+    golden.prefill_chunk([embeds[:9]], [0], [1], cache)
+    logits = golden.prefill_chunk([embeds[9:]], [9], [1], cache)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -146,10 +146,10 @@ def test_what_a_row_left_in_the_cache_is_not_seen_by_the_next(golden: XGenMM) ->
     torch.testing.assert_close(golden.prefill([prompt], cache), clean, rtol=0, atol=0)
 
 
-def test_pictures_are_encoded_alike_alone_and_together(golden: XGenMM) -> None:
+def test_images_are_encoded_alike_alone_and_together(golden: XGenMM) -> None:
     folder = golden_data.folder("v15_anyres") / "images"
     tiles = [
-        tile_picture(read_picture(folder / name), golden.config.tiling, 42)
+        tile_image(read_image(folder / name), golden.config.tiling, 42)
         for name in ("panorama_0.png", "tall_0.png", "one_pixel_0.png")
     ]
     together = golden.encode(tiles)

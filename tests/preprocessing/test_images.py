@@ -12,27 +12,27 @@ import pytest
 from PIL import Image
 
 from xgenmm.errors import InputError
-from xgenmm.preprocessing.images import MAX_PIXELS, read_picture
+from xgenmm.preprocessing.images import MAX_PIXELS, read_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION = 0x0112
 
 
-def encoded(picture: Image.Image, file_format: str, **options: object) -> bytes:
+def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, file_format, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
 def two_colours(mode: str = "RGB") -> Image.Image:
     """8 x 4, left half red, right half blue."""
-    picture = Image.new("RGB", (8, 4), RED)
-    picture.paste(BLUE, (4, 0, 8, 4))
-    return picture.convert(mode)
+    image = Image.new("RGB", (8, 4), RED)
+    image.paste(BLUE, (4, 0, 8, 4))
+    return image.convert(mode)
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture)
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -48,7 +48,7 @@ def png_header(width: int, height: int) -> bytes:
 
 def message(source: bytes | str | Path) -> str:
     with pytest.raises(InputError) as caught:
-        read_picture(source, "images")
+        read_image(source, "images")
     text = str(caught.value)
     assert text.startswith("images: ")
     return text
@@ -73,9 +73,9 @@ def message(source: bytes | str | Path) -> str:
     ],
 )
 def test_formats(file_format: str, options: dict[str, Any], tolerance: int) -> None:
-    picture = read_picture(encoded(two_colours(), file_format, **options))
-    assert (picture.mode, picture.size) == ("RGB", (8, 4))
-    difference = pixels(picture).astype(int) - pixels(two_colours())
+    image = read_image(encoded(two_colours(), file_format, **options))
+    assert (image.mode, image.size) == ("RGB", (8, 4))
+    difference = pixels(image).astype(int) - pixels(two_colours())
     assert np.abs(difference).max() <= tolerance
 
 
@@ -86,23 +86,23 @@ def test_formats(file_format: str, options: dict[str, Any], tolerance: int) -> N
 def test_colour_modes_keep_the_colours(mode: str, file_format: str) -> None:
     source = two_colours(mode)
     assert Image.open(io.BytesIO(encoded(source, file_format))).mode == mode
-    picture = read_picture(encoded(source, file_format))
-    assert picture.mode == "RGB"
-    assert np.array_equal(pixels(picture), pixels(two_colours()))
+    image = read_image(encoded(source, file_format))
+    assert image.mode == "RGB"
+    assert np.array_equal(pixels(image), pixels(two_colours()))
 
 
 def test_cmyk_jpeg() -> None:
     """Pillow writes these as Adobe does, inverted, and so they must come back."""
-    picture = read_picture(encoded(two_colours("CMYK"), "JPEG", quality=95, subsampling=0))
-    assert np.abs(pixels(picture).astype(int) - pixels(two_colours())).max() <= 12
+    image = read_image(encoded(two_colours("CMYK"), "JPEG", quality=95, subsampling=0))
+    assert np.abs(pixels(image).astype(int) - pixels(two_colours())).max() <= 12
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])
 def test_grey_modes(mode: str) -> None:
     source = Image.new(mode, (2, 1))
     source.putpixel((1, 0), 255)
-    picture = read_picture(encoded(source, "PNG"))
-    assert pixels(picture).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    image = read_image(encoded(source, "PNG"))
+    assert pixels(image).tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -110,12 +110,12 @@ def test_transparency_is_laid_on_white() -> None:
     rgba.putpixel((1, 0), (*RED, 255))
     rgba.putpixel((2, 0), (0, 0, 0, 51))
     for file_format in ("PNG", "TIFF"):
-        picture = read_picture(encoded(rgba, file_format))
-        assert pixels(picture).tolist() == [[[255] * 3, list(RED), [204] * 3]]
+        image = read_image(encoded(rgba, file_format))
+        assert pixels(image).tolist() == [[[255] * 3, list(RED), [204] * 3]]
 
     grey = Image.new("LA", (2, 1), (0, 0))
     grey.putpixel((1, 0), (40, 255))
-    assert pixels(read_picture(encoded(grey, "PNG"))).tolist() == [[[255] * 3, [40] * 3]]
+    assert pixels(read_image(encoded(grey, "PNG"))).tolist() == [[[255] * 3, [40] * 3]]
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "GIF"])
@@ -123,20 +123,20 @@ def test_transparent_palette_entry_is_white(file_format: str) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([0, 0, 0, *RED])
     palette.putpixel((1, 0), 1)
-    picture = read_picture(encoded(palette, file_format, transparency=0))
-    assert pixels(picture).tolist() == [[[255] * 3, list(RED)]]
+    image = read_image(encoded(palette, file_format, transparency=0))
+    assert pixels(image).tolist() == [[[255] * 3, list(RED)]]
 
 
 def test_transparent_colour_of_an_rgb_file_is_white() -> None:
-    picture = read_picture(encoded(two_colours(), "PNG", transparency=BLUE))
-    assert pixels(picture)[0].tolist() == [list(RED)] * 4 + [[255] * 3] * 4
+    image = read_image(encoded(two_colours(), "PNG", transparency=BLUE))
+    assert pixels(image)[0].tolist() == [list(RED)] * 4 + [[255] * 3] * 4
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_not_clipped(file_format: str) -> None:
     levels = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
-    picture = read_picture(encoded(Image.fromarray(levels), file_format))
-    grey = pixels(picture)[..., 0].astype(int)
+    image = read_image(encoded(Image.fromarray(levels), file_format))
+    grey = pixels(image)[..., 0].astype(int)
     assert np.array_equal(grey, np.rint(levels / 257))
     assert (grey.min(), grey.max()) == (0, 255)
     assert (np.diff(grey.ravel()) >= 0).all()
@@ -144,8 +144,8 @@ def test_sixteen_bits_are_scaled_not_clipped(file_format: str) -> None:
 
 def test_big_endian_sixteen_bits() -> None:
     source = Image.frombytes("I;16B", (3, 1), struct.pack(">3H", 0, 257 * 100, 65535))
-    picture = read_picture(encoded(source, "TIFF"))
-    assert pixels(picture)[0, :, 0].tolist() == [0, 100, 255]
+    image = read_image(encoded(source, "TIFF"))
+    assert pixels(image)[0, :, 0].tolist() == [0, 100, 255]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_big_endian_sixteen_bits() -> None:
     ],
 )
 def test_wide_integers_and_floats(levels: np.ndarray, grey: list[int]) -> None:
-    picture = read_picture(encoded(Image.fromarray(levels), "TIFF"))
-    assert pixels(picture)[0, :, 0].tolist() == grey
+    image = read_image(encoded(Image.fromarray(levels), "TIFF"))
+    assert pixels(image)[0, :, 0].tolist() == grey
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -170,13 +170,13 @@ def test_of_an_animation_the_first_frame_counts(file_format: str) -> None:
     frames = [Image.new("RGB", (6, 5), colour) for colour in (RED, BLUE)]
     options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
     file = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
-    assert pixels(read_picture(file)).reshape(-1, 3).tolist() == [list(RED)] * 30
+    assert pixels(read_image(file)).reshape(-1, 3).tolist() == [list(RED)] * 30
 
 
 def test_mpo() -> None:
     """What many phones and 3D cameras call a JPEG."""
     file = encoded(two_colours(), "MPO", save_all=True, append_images=[two_colours("L")])
-    assert read_picture(file).size == (8, 4)
+    assert read_image(file).size == (8, 4)
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -197,22 +197,22 @@ def test_exif_orientation_is_turned_upright(file_format: str, orientation: int) 
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"JPEG": {"subsampling": 0}, "WEBP": {"lossless": 1}}.get(file_format, {})
-    picture = read_picture(encoded(as_stored, file_format, exif=exif, **options))
-    assert picture.size == (32, 16)
-    assert np.abs(pixels(picture).astype(int) - pixels(upright)).max() <= 6
-    assert ORIENTATION not in picture.getexif(), "it would be turned again"
+    image = read_image(encoded(as_stored, file_format, exif=exif, **options))
+    assert image.size == (32, 16)
+    assert np.abs(pixels(image).astype(int) - pixels(upright)).max() <= 6
+    assert ORIENTATION not in image.getexif(), "it would be turned again"
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_unknown_orientation_is_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    assert read_picture(encoded(two_colours(), "PNG", exif=exif)).size == (8, 4)
+    assert read_image(encoded(two_colours(), "PNG", exif=exif)).size == (8, 4)
 
 
 def test_broken_exif_is_no_reason_to_refuse() -> None:
     file = encoded(two_colours(), "JPEG", exif=b"Exif\0\0no tags here")
-    assert read_picture(file).size == (8, 4)
+    assert read_image(file).size == (8, 4)
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -228,12 +228,12 @@ def test_sources(tmp_path: Path) -> None:
     at_the_end.seek(0, io.SEEK_END)
     with path.open("rb") as opened:
         for source in (file, str(path), path, opened, at_the_end, Pipe(file)):
-            assert np.array_equal(pixels(read_picture(source)), pixels(two_colours()))
+            assert np.array_equal(pixels(read_image(source)), pixels(two_colours()))
         assert not opened.closed
 
 
 def test_one_pixel() -> None:
-    assert read_picture(encoded(Image.new("RGB", (1, 1), RED), "PNG")).getpixel((0, 0)) == RED
+    assert read_image(encoded(Image.new("RGB", (1, 1), RED), "PNG")).getpixel((0, 0)) == RED
 
 
 # what is refused
@@ -249,8 +249,8 @@ def test_empty(tmp_path: Path) -> None:
     "file",
     [b"hello", b"\0" * 100, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>"],
 )
-def test_not_a_picture(file: bytes) -> None:
-    assert "no picture" in message(file)
+def test_not_an_image(file: bytes) -> None:
+    assert "no image" in message(file)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_damage_never_raises_anything_else(file_format: str) -> None:
         for place in random.integers(0, len(file), 4):
             damaged[place] = random.integers(256)
         with suppress(InputError):
-            assert read_picture(bytes(damaged)).mode == "RGB"
+            assert read_image(bytes(damaged)).mode == "RGB"
 
 
 @pytest.mark.parametrize(("width", "height"), [(8001, 8000), (10_000, 9_000)])
@@ -301,5 +301,5 @@ def test_the_limit_itself_is_allowed() -> None:
 
 
 def test_no_pixels() -> None:
-    assert "no picture" in message(png_header(0, 5))
-    assert "no picture" in message(b"P6 0 5 255\n")
+    assert "no image" in message(png_header(0, 5))
+    assert "no image" in message(b"P6 0 5 255\n")

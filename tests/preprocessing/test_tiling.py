@@ -1,11 +1,11 @@
-"""Pictures to tiles, on cases one can follow by hand."""
+"""Images to tiles, on cases one can follow by hand."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from xgenmm.config import GRIDS_384, TilingConfig
-from xgenmm.preprocessing.tiling import best_canvas, fit_canvas, tile_picture
+from xgenmm.preprocessing.tiling import resize_and_pad, select_best_resolution, tile_image
 
 SMALL = TilingConfig(grids=((4, 8), (8, 4), (8, 8), (12, 4), (4, 12)))
 
@@ -22,30 +22,30 @@ SMALL = TilingConfig(grids=((4, 8), (8, 4), (8, 8), (12, 4), (4, 12)))
     ],
 )
 def test_best_canvas(size: tuple[int, int], canvas: tuple[int, int]) -> None:
-    assert best_canvas(size, GRIDS_384) == canvas
+    assert select_best_resolution(size, GRIDS_384) == canvas
 
 
-def test_picture_is_centred_on_black() -> None:
-    canvas = fit_canvas(Image.new("RGB", (100, 20), "white"), (12, 4))
+def test_image_is_centred_on_black() -> None:
+    canvas = resize_and_pad(Image.new("RGB", (100, 20), "white"), (12, 4))
     rows = [canvas.getpixel((6, y)) for y in range(4)]
     assert rows == [(255, 255, 255)] * 3 + [(0, 0, 0)]  # 12 x ceil(2.4), (4 - 3) // 2 above it
 
 
-def test_whole_picture_comes_first_then_the_canvas_row_by_row() -> None:
-    picture = Image.new("RGB", (8, 8))
+def test_whole_image_comes_first_then_the_canvas_row_by_row() -> None:
+    image = Image.new("RGB", (8, 8))
     for place, color in (((0, 0), 10), ((4, 0), 20), ((0, 4), 30), ((4, 4), 40)):
-        picture.paste((color, color, color), (*place, place[0] + 4, place[1] + 4))
-    tiles = tile_picture(picture, SMALL, 4)
-    assert (tiles.columns, tiles.rows, tiles.picture_size) == (2, 2, (8, 8))
+        image.paste((color, color, color), (*place, place[0] + 4, place[1] + 4))
+    tiles = tile_image(image, SMALL, 4)
+    assert (tiles.columns, tiles.rows, tiles.image_size) == (2, 2, (8, 8))
     assert tiles.pixels.shape == (5, 4, 4, 3)
     assert tiles.pixels.dtype == np.uint8
     assert [int(tile[2, 2, 0]) for tile in tiles.pixels[1:]] == [10, 20, 30, 40]
 
 
 def test_squash_and_pad_make_one_tile() -> None:
-    picture = Image.new("RGB", (80, 20), "white")
-    squashed = tile_picture(picture, TilingConfig("squash", ()), 8)
-    padded = tile_picture(picture, TilingConfig("pad", ()), 8)
+    image = Image.new("RGB", (80, 20), "white")
+    squashed = tile_image(image, TilingConfig("squash", ()), 8)
+    padded = tile_image(image, TilingConfig("pad", ()), 8)
     assert squashed.pixels.shape == padded.pixels.shape == (1, 8, 8, 3)
     assert squashed.pixels.min() == 255
     assert int(padded.pixels[0, 0, 0, 0]) == 127  # the mean colour

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from tests.support import golden_data
-from xgenmm.preprocessing.tokenizer import Control, Tokens
+from xgenmm.preprocessing.tokenizer import SpecialToken, Tokenizer
 
 GOLDEN = golden_data.folder("tokenizer")
 CHECKPOINT = GOLDEN / "checkpoint"
@@ -21,24 +21,24 @@ CHAT_MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext
 
 
 @pytest.fixture(scope="module")
-def slow() -> Tokens:
-    return Tokens.from_folder(CHECKPOINT, "slow", EXTRA)
+def slow() -> Tokenizer:
+    return Tokenizer.from_folder(CHECKPOINT, "slow", EXTRA)
 
 
 @pytest.fixture(scope="module")
-def slow_from_json(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+def slow_from_json(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("weights") / "checkpoint"
     shutil.copytree(CHECKPOINT, folder, ignore=shutil.ignore_patterns("tokenizer.model"))
-    return Tokens.from_folder(folder, "slow", EXTRA)
+    return Tokenizer.from_folder(folder, "slow", EXTRA)
 
 
 @pytest.fixture(scope="module")
-def fast() -> Tokens:
-    return Tokens.from_folder(CHECKPOINT, "fast", EXTRA)
+def fast() -> Tokenizer:
+    return Tokenizer.from_folder(CHECKPOINT, "fast", EXTRA)
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A tokenizer of 400 pieces with nothing but a model and its special tokens' description."""
     folder = tmp_path_factory.mktemp("small")
     words = ["red", "blue", "star", "circle", "how", "many", "what", "colour", "is", "the", "left"]
@@ -66,14 +66,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
         "pad_token": "<pad>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokens.from_folder(
+    return Tokenizer.from_folder(
         folder, "slow", {"<image>": 326, "<image placeholder>": 327, "<|endofchunk|>": 328}
     )
 
 
 @pytest.fixture(params=["slow", "slow_from_json", "fast", "small"])
-def tokens(request: pytest.FixtureRequest) -> Tokens:
-    built: Tokens = request.getfixturevalue(request.param)
+def tokens(request: pytest.FixtureRequest) -> Tokenizer:
+    built: Tokenizer = request.getfixturevalue(request.param)
     return built
 
 
@@ -107,13 +107,13 @@ def name(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", CASES["cases"], ids=name)
 def test_golden_ids(
-    case: dict[str, Any], slow: Tokens, slow_from_json: Tokens, fast: Tokens
+    case: dict[str, Any], slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer
 ) -> None:
     for tokens in [slow, slow_from_json] if case["tokenizer"] == "slow" else [fast]:
         assert tokens.encode(case["text"]) == case["ids"]
 
 
-def test_golden_texts(slow: Tokens, slow_from_json: Tokens, fast: Tokens) -> None:
+def test_golden_texts(slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer) -> None:
     for case in CASES["decode"]:
         assert slow.decode(case["ids"]) == case["slow"]
         assert slow_from_json.decode(case["ids"]) == case["slow"]
@@ -121,7 +121,7 @@ def test_golden_texts(slow: Tokens, slow_from_json: Tokens, fast: Tokens) -> Non
 
 
 def test_random_texts_as_in_the_original(
-    slow: Tokens, slow_from_json: Tokens, fast: Tokens
+    slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer
 ) -> None:
     for case in RANDOM["encode"]:
         assert slow.encode(case["text"]) == case["slow"]
@@ -129,7 +129,9 @@ def test_random_texts_as_in_the_original(
         assert fast.encode(case["text"]) == case["fast"]
 
 
-def test_random_ids_as_in_the_original(slow: Tokens, slow_from_json: Tokens, fast: Tokens) -> None:
+def test_random_ids_as_in_the_original(
+    slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer
+) -> None:
     for case in RANDOM["decode"]:
         assert slow.decode(case["ids"]) == case["slow"]
         assert slow_from_json.decode(case["ids"]) == case["slow"]
@@ -137,62 +139,62 @@ def test_random_ids_as_in_the_original(slow: Tokens, slow_from_json: Tokens, fas
             assert fast.decode(case["ids"]) == case["fast"]
 
 
-def test_slow_needs_either_file(slow: Tokens, slow_from_json: Tokens) -> None:
+def test_slow_needs_either_file(slow: Tokenizer, slow_from_json: Tokenizer) -> None:
     rng = random.Random(1)
     for _ in range(4000):
         text = random_text(rng)
         assert slow.encode(text) == slow_from_json.encode(text)
-        assert slow.encode_pieces([text]) == slow_from_json.encode_pieces([text])
+        assert slow.encode_segments([text]) == slow_from_json.encode_segments([text])
 
 
-def test_pieces_equal_the_whole_text(tokens: Tokens) -> None:
+def test_pieces_equal_the_whole_text(tokens: Tokenizer) -> None:
     rng = random.Random(2)
     marks = list(tokens.specials)
     for _ in range(500):
         # No `<` in what is typed: it has no special token, and none forms across a cut.
         pieces = [random_text(rng).replace("<", "(") for _ in range(rng.randrange(6))]
-        pieces = [rng.choice([piece, Control(rng.choice(marks))]) for piece in pieces]
-        assert tokens.encode_pieces(pieces) == tokens.encode("".join(pieces))
+        pieces = [rng.choice([piece, SpecialToken(rng.choice(marks))]) for piece in pieces]
+        assert tokens.encode_segments(pieces) == tokens.encode("".join(pieces))
 
 
-def test_how_text_is_cut_makes_no_difference(tokens: Tokens) -> None:
-    whole = [Control("<|user|>"), "\n  Is it <|end|> red?", Control("<|end|>")]
+def test_how_text_is_cut_makes_no_difference(tokens: Tokenizer) -> None:
+    whole = [SpecialToken("<|user|>"), "\n  Is it <|end|> red?", SpecialToken("<|end|>")]
     cut = [
-        Control("<|user|>"),
+        SpecialToken("<|user|>"),
         "\n",
         "",
         " ",
         " Is it <|e",
         "nd|> r",
         "ed?",
-        Control("<|end|>"),
+        SpecialToken("<|end|>"),
         "",
     ]
-    assert tokens.encode_pieces(cut) == tokens.encode_pieces(whole)
+    assert tokens.encode_segments(cut) == tokens.encode_segments(whole)
 
 
-def test_typed_special_tokens_are_text(tokens: Tokens) -> None:
+def test_typed_special_tokens_are_text(tokens: Tokenizer) -> None:
     special_ids = set(tokens.specials.values())
     for mark in [*tokens.specials, *CHAT_MARKS, "<s>", "</s>", "<unk>", "<0x0A>"]:
         for text in (mark, f"a{mark}", f" {mark}\nb", mark + mark):
-            ids = tokens.encode_pieces([text])
+            ids = tokens.encode_segments([text])
             assert not special_ids & set(ids)
             assert tokens.decode(ids) == text
 
 
-def test_white_space_after_a_mark_is_swallowed_only_if_it_says_so(slow: Tokens) -> None:
-    end, image = Control("<|end|>"), Control("<image>")
-    assert slow.encode_pieces([end, "\n \t", "\n", end]) == slow.encode_pieces([end, end])
+def test_white_space_after_a_mark_is_swallowed_only_if_it_says_so(slow: Tokenizer) -> None:
+    end, image = SpecialToken("<|end|>"), SpecialToken("<image>")
+    assert slow.encode_segments([end, "\n \t", "\n", end]) == slow.encode_segments([end, end])
     newline = slow.encode("a\n")[-1]
-    assert slow.encode_pieces([image, "\n"]) == [slow.id("<image>"), newline]
+    assert slow.encode_segments([image, "\n"]) == [slow.id("<image>"), newline]
 
 
-def test_no_text_no_ids(tokens: Tokens) -> None:
-    assert tokens.encode("") == tokens.encode_pieces([]) == tokens.encode_pieces(["", ""]) == []
+def test_no_text_no_ids(tokens: Tokenizer) -> None:
+    assert tokens.encode("") == tokens.encode_segments([]) == tokens.encode_segments(["", ""]) == []
     assert tokens.decode([]) == ""
 
 
-def test_special_tokens_and_sizes(slow: Tokens, fast: Tokens, small: Tokens) -> None:
+def test_special_tokens_and_sizes(slow: Tokenizer, fast: Tokenizer, small: Tokenizer) -> None:
     for tokens in (slow, fast):
         assert tokens.vocab_size == 32015
         assert tokens.id("<|end|>") == 32007
@@ -203,10 +205,10 @@ def test_special_tokens_and_sizes(slow: Tokens, fast: Tokens, small: Tokens) -> 
     with pytest.raises(KeyError, match="<video>"):
         slow.id("<video>")
     with pytest.raises(KeyError, match="<video>"):
-        slow.encode_pieces([Control("<video>")])
+        slow.encode_segments([SpecialToken("<video>")])
 
 
-def test_small_tokenizer_in_the_slow_convention(small: Tokens) -> None:
+def test_small_tokenizer_in_the_slow_convention(small: Tokenizer) -> None:
     space, *star = small.encode("☆")  # not among its pieces: the prefix stands alone
     assert len(star) == len("☆".encode())
     ids = small.encode("<|user|>\n<image>\nred ☆<|end|>\n<|assistant|>\n")
@@ -215,18 +217,18 @@ def test_small_tokenizer_in_the_slow_convention(small: Tokens) -> None:
     assert small.decode(ids[3:-2]) == "\nred ☆"
 
 
-def test_text_survives_the_round_trip(tokens: Tokens) -> None:
+def test_text_survives_the_round_trip(tokens: Tokenizer) -> None:
     rng = random.Random(3)
     for _ in range(1000):
         text = random_text(rng).replace("▁", " ")
-        assert tokens.decode(tokens.encode_pieces([text])) == text
+        assert tokens.decode(tokens.encode_segments([text])) == text
 
 
-def test_stream_gives_text_as_soon_as_it_is_whole(tokens: Tokens) -> None:
+def test_stream_gives_text_as_soon_as_it_is_whole(tokens: Tokenizer) -> None:
     rng = random.Random(4)
     for _ in range(500):
         text = random_text(rng).replace("▁", " ").replace("\ufffd", "?")
-        ids = tokens.encode_pieces([text])
+        ids = tokens.encode_segments([text])
         stream, given = tokens.stream(), ""
         for count, token in enumerate(ids, start=1):
             given += stream.push(token)
@@ -239,7 +241,7 @@ def test_stream_gives_text_as_soon_as_it_is_whole(tokens: Tokens) -> None:
         assert given == text
 
 
-def test_stream_of_any_ids_equals_decode(tokens: Tokens) -> None:
+def test_stream_of_any_ids_equals_decode(tokens: Tokenizer) -> None:
     rng = random.Random(5)
     first_byte = tokens.encode("\x00")[-1]
     for _ in range(2000):
@@ -255,7 +257,7 @@ def test_stream_of_any_ids_equals_decode(tokens: Tokens) -> None:
         assert given + stream.flush() == whole
 
 
-def test_broken_characters(slow: Tokens) -> None:
+def test_broken_characters(slow: Tokenizer) -> None:
     first_byte = slow.encode("\x00")[-1]
     pieces = [first_byte + byte for byte in b"\xf0\x9f\xa6" + "é".encode() + b"\xff\xe2\x82"]
     assert slow.decode(pieces) == "\ufffd\ufffd\ufffdé\ufffd\ufffd\ufffd"
@@ -264,17 +266,17 @@ def test_broken_characters(slow: Tokens) -> None:
     assert [stream.push(first_byte + byte) for byte in "🦜".encode()] == ["", "", "", "🦜"]
 
 
-def test_tokenizer_model_may_lie_one_level_up(tmp_path: Path, slow: Tokens) -> None:
+def test_tokenizer_model_may_lie_one_level_up(tmp_path: Path, slow: Tokenizer) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(CHECKPOINT, folder, ignore=shutil.ignore_patterns("tokenizer.*"))
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model or tokenizer\.json"):
-        Tokens.from_folder(folder, "slow", EXTRA)
+        Tokenizer.from_folder(folder, "slow", EXTRA)
     shutil.copy(CHECKPOINT / "tokenizer.model", tmp_path)
-    tokens = Tokens.from_folder(folder, "slow", EXTRA)
+    tokens = Tokenizer.from_folder(folder, "slow", EXTRA)
     assert tokens.specials == slow.specials
     assert tokens.encode("<|user|>\na dog") == slow.encode("<|user|>\na dog")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
-        Tokens.from_folder(folder, "fast", EXTRA)
+        Tokenizer.from_folder(folder, "fast", EXTRA)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_tokenizer_model_may_lie_one_level_up(tmp_path: Path, slow: Tokens) -> N
 )
 def test_extra_tokens_may_not_contradict_the_files(extra: dict[str, int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        Tokens.from_folder(CHECKPOINT, "slow", extra)
+        Tokenizer.from_folder(CHECKPOINT, "slow", extra)
 
 
 @pytest.mark.parametrize(
@@ -307,10 +309,10 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str, content: str) -> None
     shutil.copytree(CHECKPOINT, folder)
     (folder / file).write_text(content)
     with pytest.raises(ValueError, match=file if "x" not in content else "'x' is `normalized`"):
-        Tokens.from_folder(folder, "slow", EXTRA)
+        Tokenizer.from_folder(folder, "slow", EXTRA)
 
 
 def test_a_broken_tokenizer_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "unheard of"}}')
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer description"):
-        Tokens.from_folder(tmp_path, "fast", EXTRA)
+        Tokenizer.from_folder(tmp_path, "fast", EXTRA)

@@ -59,6 +59,6 @@ def checkpoint(folder: Path, version: str = "v1.5", *, base: bool = False) -> Pa
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     torch.manual_seed(3)
     parameters = XGenMM(read_config(folder)).state_dict()
-    parameters["vlm.vision_tokenizer.projection.weight"] *= 20  # so that pictures make a difference
+    parameters["vlm.vision_tokenizer.projection.weight"] *= 20  # so that images make a difference
     save_file(parameters, folder / "model.safetensors")
     return folder

@@ -22,16 +22,16 @@ _ATTENTION = ".self_attn."
 def write(golden: Path, folder: Path) -> Path:
     """Write the golden model in the folder `golden` as a checkpoint, without a tokenizer."""
     cases = json.loads((golden / "cases.json").read_text())
-    text, sampler, special = cases["text"], cases["sampler"], cases["special_token_ids"]
+    text, resampler, special = cases["text"], cases["sampler"], cases["special_token_ids"]
     config = {
         "architectures": [ARCHITECTURE],
         "model_type": "xgenmm",
         "vision_encoder_config": cases["vision"],
         "vision_tokenizer_config": {
-            "num_latents": sampler["num_latents"],
-            "depth": sampler["depth"],
-            "num_heads": sampler["heads"],
-            "head_dim": sampler["dim_head"],
+            "num_latents": resampler["num_latents"],
+            "depth": resampler["depth"],
+            "num_heads": resampler["heads"],
+            "head_dim": resampler["dim_head"],
         },
         "text_config": {
             **text,

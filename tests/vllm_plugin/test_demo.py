@@ -37,17 +37,17 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 def asked(
-    question: str, pictures: Sequence[str] = (), **more: Any
+    question: str, images: Sequence[str] = (), **more: Any
 ) -> tuple[Request, list[dict[str, Any]]]:
     """The same request for the package and for the OpenAI API."""
-    request = Request(question, [xgenmm.read_picture(EXAMPLES / name) for name in pictures], **more)
+    request = Request(question, [xgenmm.read_image(EXAMPLES / name) for name in images], **more)
     system = request.system_prompt
     messages: list[dict[str, Any]] = (
         [] if system is None else [{"role": "system", "content": system}]
     )
     messages += [{"role": m.role, "content": m.content} for m in request.messages]
     parts = [
-        {"type": "image_url", "image_url": {"url": data_url(EXAMPLES / name)}} for name in pictures
+        {"type": "image_url", "image_url": {"url": data_url(EXAMPLES / name)}} for name in images
     ]
     messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
     return request, messages
@@ -55,15 +55,15 @@ def asked(
 
 def examples() -> list[tuple[Request, list[dict[str, Any]]]]:
     return [
-        asked(example["question"], example["pictures"])
+        asked(example["question"], example["images"])
         for example in json.loads((EXAMPLES / "questions.json").read_text())
     ]
 
 
 REQUESTS = {
     "text only": asked("How many circles are there?"),
-    "two pictures": asked("Which image has more circles?", ["scene-5.png", "scene-19.png"]),
-    "pictures placed": asked("In <image> and in <image>?", ["scene-5.png", "scene-19.png"]),
+    "two images": asked("Which image has more circles?", ["scene-5.png", "scene-19.png"]),
+    "images placed": asked("In <image> and in <image>?", ["scene-5.png", "scene-19.png"]),
     "no question": asked("", ["scene-8.png"]),
     "system prompt": asked("What is it?", ["scene-8.png"], system_prompt="Say it short."),
     "no system prompt": asked("What is it?", ["scene-8.png"], system_prompt=""),
@@ -137,12 +137,12 @@ def answer(package: xgenmm.Engine, request: Request) -> str:
 
 
 def positions(package: xgenmm.Engine, request: Request) -> list[int]:
-    """The package's prompt with each picture's id as often as it has vision tokens."""
+    """The package's prompt with each image's id as often as it has vision tokens."""
     prompt, config = package.prompt(request), package.config
     ids, shift = list(prompt.ids), 0
-    for (start, length), picture in zip(prompt.spans, request.pictures, strict=True):
-        tiles = package.tiles(picture)
-        count = len(tiles.pixels) * config.sampler.num_latents
+    for (start, length), image in zip(prompt.spans, request.images, strict=True):
+        tiles = package.tiles(image)
+        count = len(tiles.pixels) * config.resampler.num_latents
         ids[start + shift : start + shift + length] = [prompt.ids[start]] * count
         shift += count - length
     return ids

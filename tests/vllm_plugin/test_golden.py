@@ -17,7 +17,8 @@ from tests.support import golden_data
 from tests.vllm_plugin import golden_checkpoint
 from tests.vllm_plugin.engines import running
 from xgenmm.config import DecoderConfig
-from xgenmm.preprocessing.images import read_picture
+from xgenmm.models.phi3_huggingface import phi3_config
+from xgenmm.preprocessing.images import read_image
 from xgenmm.vllm_plugin import configuration, model
 
 pytestmark = pytest.mark.timeout(900)
@@ -49,7 +50,7 @@ def generate(llm: LLM, golden: Path, chosen: Iterable[dict[str, Any]]) -> dict[s
     prompts = [
         {
             "prompt_token_ids": case["input_ids"],
-            "multi_modal_data": {"image": [read_picture(golden / file) for file in case["images"]]},
+            "multi_modal_data": {"image": [read_image(golden / file) for file in case["images"]]},
         }
         for case in chosen
     ]
@@ -92,7 +93,7 @@ def ignore_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         model,
         "padding_mask",
-        lambda columns, rows, picture_size, side: torch.ones(
+        lambda columns, rows, image_size, side: torch.ones(
             1 + columns * rows, side * side, dtype=torch.bool
         ),
     )
@@ -121,12 +122,10 @@ def leave_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 def shorten_window(patch: pytest.MonkeyPatch) -> None:
-    phi3 = configuration._phi3
+    def shorter(config: DecoderConfig, vocab_size: int) -> PretrainedConfig:
+        return phi3_config(replace(config, sliding_window=config.sliding_window - 1), vocab_size)
 
-    def shorter(config: DecoderConfig) -> PretrainedConfig:
-        return phi3(replace(config, sliding_window=config.sliding_window - 1))
-
-    patch.setattr(configuration, "_phi3", shorter)
+    patch.setattr(configuration, "phi3_config", shorter)
 
 
 @pytest.mark.parametrize(

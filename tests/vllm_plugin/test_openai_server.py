@@ -62,8 +62,8 @@ def wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.5)
 
 
-def messages(question: str, pictures: list[str]) -> list[Any]:
-    parts = [{"type": "image_url", "image_url": {"url": data_url(EXAMPLES / p)}} for p in pictures]
+def messages(question: str, images: list[str]) -> list[Any]:
+    parts = [{"type": "image_url", "image_url": {"url": data_url(EXAMPLES / p)}} for p in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
@@ -75,10 +75,10 @@ def questions() -> list[dict[str, Any]]:
 def test_demo_questions_get_the_packages_answers(client: openai.OpenAI) -> None:
     package = xgenmm.load("demo", device="cpu", dtype="float32")
     for example in questions():
-        pictures = [xgenmm.read_picture(EXAMPLES / name) for name in example["pictures"]]
-        expected = "".join(package.stream(xgenmm.Request(example["question"], pictures)))
+        images = [xgenmm.read_image(EXAMPLES / name) for name in example["images"]]
+        expected = "".join(package.stream(xgenmm.Request(example["question"], images)))
         answer = client.chat.completions.create(
-            model="demo", messages=messages(example["question"], example["pictures"])
+            model="demo", messages=messages(example["question"], example["images"])
         )
         assert answer.choices[0].message.content == expected
         assert answer.choices[0].finish_reason == "stop"

@@ -1,7 +1,7 @@
-"""Datasets in and out: pictures with their questions from INPUT, rows of answers to OUTPUT.
+"""Datasets in and out: images with their questions from INPUT, rows of answers to OUTPUT.
 
-INPUT is a folder of pictures, a table (JSONL, CSV, Parquet) with a column of paths or addresses, or
-WebDataset tars. It is listed as `Record`s, without opening a picture; `read_record` opens one.
+INPUT is a folder of images, a table (JSONL, CSV, Parquet) with a column of paths or addresses, or
+WebDataset tars. It is listed as `Record`s, without opening an image; `read_record` opens one.
 OUTPUT is a folder of `Shards`. Knows nothing of models and engines.
 """
 
@@ -26,13 +26,13 @@ import httpx
 from PIL import Image
 
 from xgenmm.errors import InputError
-from xgenmm.preprocessing.images import read_picture
+from xgenmm.preprocessing.images import read_image
 
-PICTURE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
 )
 MAX_DOWNLOAD, MAX_SECONDS, SILENCE = 200_000_000, 120.0, 30.0
-"""Of a picture behind an address: its bytes, the seconds it may take, and those without a byte."""
+"""Of an image behind an address: its bytes, the seconds it may take, and those without a byte."""
 
 Columns = Mapping[str, Any]
 PARQUET_BATCH = 1024
@@ -41,11 +41,11 @@ CSV_FIELD_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Record:
-    """One picture of INPUT and what is asked about it.
+    """One image of INPUT and what is asked about it.
 
     id: the same in every run and unique in INPUT: the path in a folder, the number of a table's
         row (from 0), `TAR/KEY`.
-    image: the picture as INPUT names it.
+    image: the image as INPUT names it.
     source: the file or http(s) address that holds it.
     offset, size: its bytes in `source`; all of them if `size` is None.
     questions: the templates, filled with the columns of its row.
@@ -126,7 +126,7 @@ def _asked(record: Record, columns: Columns, templates: Sequence[str]) -> Record
 # Input
 
 
-def survey(source: str, templates: Sequence[str], column: str) -> int:
+def count_records(source: str, templates: Sequence[str], column: str) -> int:
     """How many records INPUT has.
 
     Raises InputError for an INPUT that cannot be listed or holds nothing, and for a column that no
@@ -138,7 +138,7 @@ def survey(source: str, templates: Sequence[str], column: str) -> int:
         count += 1
         names |= columns.keys()
     if first is None:
-        raise InputError("INPUT", f"{source} holds no picture")
+        raise InputError("INPUT", f"{source} holds no image")
     if not names:
         problem = str(first.error).removeprefix("INPUT: ")
         raise InputError("INPUT", f"nothing in {source} can be read; the first row: {problem}")
@@ -155,9 +155,9 @@ def read_records(source: str, templates: Sequence[str], column: str) -> Iterator
     """The records of INPUT, in an order that does not change, each asked all `templates`.
 
     Args:
-        source: a folder of pictures or tars, a table, a tar, or a pattern (`*.tar`) of tars.
+        source: a folder of images or tars, a table, a tar, or a pattern (`*.tar`) of tars.
         templates: questions with the names of columns in braces. A folder has the column `image`;
-            tars have `image`, `key`, `txt`, and the fields of a picture's .json.
+            tars have `image`, `key`, `txt`, and the fields of an image's .json.
         column: the table's column of paths (from the table's folder on) or addresses.
     """
     for record, columns in _samples(source, column):
@@ -190,7 +190,7 @@ def _matching(pattern: Path) -> tuple[Path, list[Path]]:
 
 
 def _from_folder(folder: Path, column: str) -> Iterator[tuple[Record, Columns]]:
-    paths = (p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+    paths = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     for path in sorted(p for p in paths if p.is_file()):
         name = path.relative_to(folder).as_posix()
         shown = _unicode(name)
@@ -284,7 +284,7 @@ def _from_members(
 ) -> tuple[Record, Columns]:
     """One sample: the files of a tar that share a key. The record has no id yet."""
     columns: dict[str, Any] = {}
-    picture: tarfile.TarInfo | None = None
+    file: tarfile.TarInfo | None = None
     for member in members:
         extension = _split(member.name)[1]
         if extension in ("txt", "json"):
@@ -293,14 +293,13 @@ def _from_members(
             except ValueError as error:
                 message = f"INPUT: {member.name} cannot be read ({error})"
                 return Record("", "", "", error=message), {column: ""}
-        elif picture is None and f".{extension.rpartition('.')[2]}" in PICTURE_SUFFIXES:
-            picture = member
-    if picture is None:
-        message = f"image: there is no picture beside {members[0].name}"
+        elif file is None and f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+            file = member
+    if file is None:
+        message = f"image: there is no image beside {members[0].name}"
         return Record("", "", "", error=message), columns
-    columns[column] = picture.name
-    image = _unicode(picture.name)
-    return Record("", image, str(tar.name), picture.offset_data, picture.size), columns
+    columns[column] = file.name
+    return Record("", _unicode(file.name), str(tar.name), file.offset_data, file.size), columns
 
 
 def _fields(extension: str, content: bytes) -> Columns:
@@ -319,15 +318,15 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def read_record(record: Record) -> Image.Image:
-    """Read a record's picture: upright RGB. Raises InputError if it cannot be had."""
+    """Read a record's image: upright RGB. Raises InputError if it cannot be had."""
     try:
         if _is_address(record.source):
-            return read_picture(_download(record.source))
+            return read_image(_download(record.source))
         with Path(record.source).open("rb") as file:
             if record.size is None:
-                return read_picture(file)
+                return read_image(file)
             file.seek(record.offset)
-            return read_picture(file.read(record.size))
+            return read_image(file.read(record.size))
     except InputError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have

@@ -1,7 +1,7 @@
 """One stage for a dataset: records in, rows of answers out, in any order.
 
 `in_process` keeps an engine's batches full. `with_ray` runs the same as a Ray Data pipeline: CPU
-tasks read the pictures and cut them into tiles, apart from the actors, which have an engine each.
+tasks read the images and cut them into tiles, apart from the actors, which have an engine each.
 A record's rows are the same either way, whatever is answered beside it. The engine is imported
 where it is needed: to a process that only reads, it would be seconds of loading libraries.
 """
@@ -25,7 +25,7 @@ from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.config import XGenMMConfig
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.errors import InputError
-from xgenmm.preprocessing.tiling import Tiles, tile_picture
+from xgenmm.preprocessing.tiling import TiledImage, tile_image
 
 if TYPE_CHECKING:
     from xgenmm.engine.engine import Engine
@@ -49,7 +49,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Task:
+class CaptionTask:
     """What is done to every record, and by which engine (see `xgenmm.load`)."""
 
     model: str
@@ -75,17 +75,19 @@ class Task:
         )
 
 
-def prepare(record: Record, config: XGenMMConfig) -> Tiles | str:
-    """A record's picture in tiles, or what is wrong with it."""
+def prepare(record: Record, config: XGenMMConfig) -> TiledImage | str:
+    """A record's image in tiles, or what is wrong with it."""
     if record.error is not None:
         return record.error
     try:
-        return tile_picture(read_record(record), config.tiling, config.vision.image_size)
+        return tile_image(read_record(record), config.tiling, config.vision.image_size)
     except InputError as error:
         return str(error)
 
 
-def answer(engine: "Engine", task: Task, record: Record, tiles: Tiles | str) -> list[Row]:
+def answer(
+    engine: "Engine", task: CaptionTask, record: Record, tiles: TiledImage | str
+) -> list[Row]:
     """A row for each question of a record; one that cannot be answered says why.
 
     Raises EngineError if it is not the record's fault.
@@ -93,7 +95,9 @@ def answer(engine: "Engine", task: Task, record: Record, tiles: Tiles | str) -> 
     return [_answer(engine, task, record, tiles, question) for question in record.questions]
 
 
-def _answer(engine: "Engine", task: Task, record: Record, tiles: Tiles | str, question: str) -> Row:
+def _answer(
+    engine: "Engine", task: CaptionTask, record: Record, tiles: TiledImage | str, question: str
+) -> Row:
     from xgenmm.engine.engine import Request
 
     if isinstance(tiles, str):
@@ -117,9 +121,11 @@ def _answer(engine: "Engine", task: Task, record: Record, tiles: Tiles | str, qu
     )
 
 
-def in_process(engine: "Engine", task: Task, records: Iterable[Record]) -> Iterator[list[Row]]:
+def in_process(
+    engine: "Engine", task: CaptionTask, records: Iterable[Record]
+) -> Iterator[list[Row]]:
     """The rows of each record, as they are done."""
-    reading = BoundedSemaphore(2 * (os.cpu_count() or 1))  # large pictures, decoded, are large
+    reading = BoundedSemaphore(2 * (os.cpu_count() or 1))  # large images, decoded, are large
 
     def rows(record: Record) -> list[Row]:
         with reading:
@@ -148,14 +154,14 @@ def _in_threads(
 
 
 def with_ray(
-    task: Task, records: Iterable[Record], address: str, actors: int | None = None
+    task: CaptionTask, records: Iterable[Record], address: str, actors: int | None = None
 ) -> Iterator[list[Row]]:
     """The rows of each record, as they are done, from a Ray Data pipeline.
 
     What an actor or a worker was at when it died is done again by another.
 
     Args:
-        records: held in Ray's memory as a whole; the pictures are not.
+        records: held in Ray's memory as a whole; the images are not.
         address: of a running cluster (see `ray.init`), whose machines have this package, the
             checkpoint and INPUT at the same places; `local` starts one on this machine.
         actors: how many engines; by default one a GPU, and without GPUs one a CPU core.
@@ -204,7 +210,9 @@ def with_ray(
         ray.shutdown()
 
 
-def _actors(resources: Mapping[str, float], task: Task, wanted: int | None) -> tuple[int, bool]:
+def _actors(
+    resources: Mapping[str, float], task: CaptionTask, wanted: int | None
+) -> tuple[int, bool]:
     """How many actors, and whether each takes a GPU or a CPU core."""
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     on_gpu = gpus > 0 and task.device != "cpu"
@@ -257,7 +265,7 @@ def _asked_once() -> Iterator[None]:
         del os.environ[name]  # to start a cluster it may take longer
 
 
-def _read_block(block: Any, task: Task) -> Any:
+def _read_block(block: Any, task: CaptionTask) -> Any:
     """Add to records their tiles, or what is wrong; runs in a Ray task on a CPU."""
     import pyarrow
 
@@ -275,7 +283,7 @@ def _read_block(block: Any, task: Task) -> Any:
                     "shape": list(tiles.pixels.shape),
                     "columns": tiles.columns,
                     "rows": tiles.rows,
-                    "picture_size": list(tiles.picture_size),
+                    "image_size": list(tiles.image_size),
                 }
             )
     sizes = pyarrow.list_(pyarrow.int32())
@@ -287,7 +295,7 @@ def _read_block(block: Any, task: Task) -> Any:
             "shape": sizes,
             "columns": pyarrow.int32(),
             "rows": pyarrow.int32(),
-            "picture_size": sizes,
+            "image_size": sizes,
         }
     )
     return pyarrow.Table.from_pylist(rows, schema)
@@ -301,7 +309,7 @@ def _record(text: str) -> Record:
 class _EngineActor:
     """A Ray actor with an engine, which answers the records of several blocks at once."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: CaptionTask) -> None:
         self._task = task
         self._engine = task.load()
 
@@ -315,9 +323,9 @@ class _EngineActor:
         return pyarrow.table({"rows": [json.dumps([asdict(row) for row in r]) for r in done]})
 
 
-def _tiles(item: dict[str, Any]) -> Tiles | str:
+def _tiles(item: dict[str, Any]) -> TiledImage | str:
     if item["error"] is not None:
         return str(item["error"])
     pixels = np.frombuffer(item["pixels"], dtype=np.uint8).reshape(item["shape"])
-    width, height = item["picture_size"]
-    return Tiles(pixels, item["columns"], item["rows"], (width, height))
+    width, height = item["image_size"]
+    return TiledImage(pixels, item["columns"], item["rows"], (width, height))

@@ -1,15 +1,15 @@
-"""Ask about every picture of a dataset.
+"""Ask about every image of a dataset.
 
     python -m xgenmm.captioning.program photos -o captions
     python -m xgenmm.captioning.program laion.parquet -o better --image-column url \\
-        --template "The page says: {alt} What does the picture show?" --model NAME
+        --template "The page says: {alt} What does the image show?" --model NAME
     python -m xgenmm.captioning.program shards/ -o answers.jsonl \\
         --question "How many people?" --ray local
 
-INPUT is a folder of pictures, a table (.jsonl, .csv, .parquet) with paths or addresses, or
+INPUT is a folder of images, a table (.jsonl, .csv, .parquet) with paths or addresses, or
 WebDataset tars (a folder, a file or a pattern). OUTPUT is a folder of shards with a row for each
-picture and question. Killed at any moment, the same command goes on: it does what is missing.
-A picture that cannot be read is a row with an error.
+image and question. Killed at any moment, the same command goes on: it does what is missing.
+An image that cannot be read is a row with an error.
 """
 
 import argparse
@@ -24,14 +24,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from xgenmm.captioning.datasets import Record, Row, literal, open_shards, read_records, survey
-from xgenmm.captioning.pipeline import Task, in_process, with_ray
+from xgenmm.captioning.datasets import (
+    Record,
+    Row,
+    count_records,
+    literal,
+    open_shards,
+    read_records,
+)
+from xgenmm.captioning.pipeline import CaptionTask, in_process, with_ray
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 from xgenmm.errors import CheckpointError, EngineError, InputError
 
 FORMATS = ("parquet", "jsonl")
-QUANTIZE = ("int8", "fp8")  # `quantize.KINDS`, for which one would wait for PyTorch
+QUANTIZE = ("int8", "fp8")  # `quantization.QUANTIZATIONS`, for which one would wait for PyTorch
 SHARD_ROWS = 1000
 
 
@@ -64,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="templates",
         action="append",
         type=literal,
-        help="may be repeated; default: describe the picture",
+        help="may be repeated; default: describe the image",
     )
     add(
         "--template",
@@ -96,7 +103,7 @@ def _caption(options: argparse.Namespace) -> None:
     if options.shard_rows < 1:
         raise InputError("shard-rows", f"must be at least 1, not {options.shard_rows}")
     sampling = SamplingParams(**{f.name: getattr(options, f.name) for f in fields(SamplingParams)})
-    task = Task(
+    task = CaptionTask(
         options.model,
         options.device,
         options.dtype,
@@ -119,7 +126,7 @@ def _caption(options: argparse.Namespace) -> None:
         "system_prompt": task.system_prompt,
         **asdict(sampling),
     }
-    count = survey(options.input, templates, options.image_column)
+    count = count_records(options.input, templates, options.image_column)
     with open_shards(options.output, format_, options.shard_rows, settings) as shards:
         done, errors = len(shards.done), 0
         missing = shards.missing(read_records(options.input, templates, options.image_column))
@@ -139,7 +146,7 @@ def _caption(options: argparse.Namespace) -> None:
 
 
 def _answers(
-    task: Task, records: Iterator[Record], address: str | None, actors: int | None
+    task: CaptionTask, records: Iterator[Record], address: str | None, actors: int | None
 ) -> Iterator[list[Row]]:
     first = next(records, None)
     if first is None:

@@ -138,7 +138,8 @@ def load_parameters(
     floating is cast to `dtype` while it is read and moved straight to `device`, several tensors at
     a time; peak host memory is the result (if it stays on the host) and READERS * BUFFER_BYTES or
     so. Buffers that are not persistent are left as they are. `quantize`, a kind of
-    `quantize.KINDS`, makes the decoder's linear layers quantised ones, each as it is read.
+    `quantization.QUANTIZATIONS`, makes the decoder's linear layers quantised ones, each as it
+    is read.
 
     Raises CheckpointError that names every missing, unexpected, mis-shaped and mis-typed tensor, or
     the file that is cut or corrupt; the model is then unchanged.
@@ -174,7 +175,7 @@ def load_parameters(
         for tensors in pool.map(read, stored.values()):
             state |= tensors
     if quantize is not None:
-        quantization.prepare(model, quantize)
+        quantization.quantize_linear_layers(model, quantize)
     model.load_state_dict(state, assign=True)
 
 

@@ -6,11 +6,16 @@ a CUDA graph and needs the host only where a request joins or leaves.
 
 import torch
 
-from xgenmm.engine.sampler import RowSettings, draws, next_tokens, penalise
+from xgenmm.engine.sampler import (
+    SamplingMetadata,
+    apply_repetition_penalty,
+    sample_tokens,
+    uniform_noise,
+)
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 
 
-class Slots:
+class BatchState:
     """What each row of the cache is about to do, as tensors on the model's device."""
 
     def __init__(self, count: int, vocab: int, device: torch.device) -> None:
@@ -25,7 +30,7 @@ class Slots:
         # One more than an answer's tokens: a step may begin before the last one is seen.
         most = int(LIMITS["max_new_tokens"][1]) + 1
         self._uniform = zeros(count, most, dtype=torch.float32)
-        self._settings = RowSettings.of([SamplingParams()] * count, device)
+        self._settings = SamplingMetadata.of([SamplingParams()] * count, device)
         self._params: dict[int, SamplingParams] = {}
 
     def join(self, row: int, params: SamplingParams, length: int) -> None:
@@ -36,8 +41,10 @@ class Slots:
         if params.repetition_penalty != 1:
             self._seen[row] = False
         if params.temperature > 0:
-            self._uniform[row, : params.max_new_tokens] = draws(params).to(self.token.device)
-        one, all_rows = RowSettings.of([params], self.token.device), self._settings
+            self._uniform[row, : params.max_new_tokens] = uniform_noise(params).to(
+                self.token.device
+            )
+        one, all_rows = SamplingMetadata.of([params], self.token.device), self._settings
         for name in ("temperature", "top_k", "tail", "penalty"):
             getattr(all_rows, name)[row] = getattr(one, name)[0]
 
@@ -53,7 +60,7 @@ class Slots:
     def draw(self, rows: slice | torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The next token of these rows: int64 [rows]; only active rows' are to be used."""
         every = self._settings
-        settings = RowSettings(
+        settings = SamplingMetadata(
             every.temperature[rows],
             every.top_k[rows],
             every.tail[rows],
@@ -61,7 +68,7 @@ class Slots:
             sampled=any(params.temperature > 0 for params in self._params.values()),
         )
         uniform = self._uniform[rows].gather(1, self._step[rows][:, None])[:, 0]
-        tokens = next_tokens(self.penalised(rows, logits), settings, uniform)
+        tokens = sample_tokens(self.penalised(rows, logits), settings, uniform)
         if self._penalising:
             seen, drawn = self._seen[rows], tokens[:, None]
             own = seen.gather(1, drawn) | self._active[rows, None].bool()
@@ -78,7 +85,7 @@ class Slots:
         """Logits or log-probabilities with each row's repetition penalty."""
         if not self._penalising:
             return logits
-        return penalise(logits, self._seen[rows], self._settings.penalty[rows])
+        return apply_repetition_penalty(logits, self._seen[rows], self._settings.penalty[rows])
 
     def follow(self, rows: torch.Tensor, parents: torch.Tensor, tokens: torch.Tensor) -> None:
         """Beams: each row takes over the history of its parent's, and a token."""

@@ -27,20 +27,20 @@ from PIL import Image
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.engine.pool import SchedulerPool
-from xgenmm.engine.prefix_cache import PromptKeys, Store
-from xgenmm.engine.sampler import StopText
+from xgenmm.engine.prefix_cache import LRUCache, PromptHashes
+from xgenmm.engine.sampler import StopStringChecker
 from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.engine.scheduler import Job, StopReason, Usage
-from xgenmm.engine.structured_output import Constraint, Grammars
+from xgenmm.engine.scheduler import EngineRequest, StopReason, Usage
+from xgenmm.engine.structured_output import Grammar, GrammarCompiler
 from xgenmm.errors import InputError
 from xgenmm.kernels.cuda_graphs import MAX_ROWS, compile_kernels
 from xgenmm.models.linear import use_onednn
-from xgenmm.models.quantization import check_kind
+from xgenmm.models.quantization import check_quantization
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.images import read_picture
+from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import ASSISTANT, END_OF_CHUNK, Message, Prompt, request_prompt
-from xgenmm.preprocessing.tiling import Tiles, tile_picture
-from xgenmm.preprocessing.tokenizer import Control, Tokens
+from xgenmm.preprocessing.tiling import TiledImage, tile_image
+from xgenmm.preprocessing.tokenizer import SpecialToken, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +55,16 @@ MAX_CHOICES = 256
 class Request:
     """One question.
 
-    pictures: upright RGB, or what `Engine.tiles` made of one. system_prompt: None is the trained
+    images: upright RGB, or what `Engine.tiles` made of one. system_prompt: None is the trained
         default.
-    choices: the answer is the one of these that is likeliest, given pictures and question; the
+    choices: the answer is the one of these that is likeliest, given images and question; the
         settings of `sampling` then have no meaning.
     json_schema: the answer is JSON that this JSON Schema admits.
     timeout: seconds after which the answer ends where it is.
     """
 
     question: str
-    pictures: Sequence[Image.Image | Tiles] = ()
+    images: Sequence[Image.Image | TiledImage] = ()
     system_prompt: str | None = None
     messages: tuple[Message, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -81,11 +81,15 @@ class Answer:
     """
 
     def __init__(
-        self, tokens: Tokens, end_ids: frozenset[int], stops: Sequence[str], choices: Sequence[str]
+        self,
+        tokens: Tokenizer,
+        end_ids: frozenset[int],
+        stops: Sequence[str],
+        choices: Sequence[str],
     ) -> None:
         self.usage = Usage()
         self._decoded = tokens.stream()
-        self._stop = StopText(stops)
+        self._stop = StopStringChecker(stops)
         self._end_ids = end_ids
         self._special_ids = frozenset(tokens.specials.values())
         self._choices = choices
@@ -128,7 +132,7 @@ class Answer:
         """Stop after the token in work."""
         self._cancelled.set()
 
-    # What the scheduler needs of a `Receiver`:
+    # What the scheduler needs of a `OutputSink`:
 
     @property
     def cancelled(self) -> bool:
@@ -175,7 +179,7 @@ class Engine:
     def __init__(
         self,
         model: XGenMM,
-        tokens: Tokens,
+        tokens: Tokenizer,
         slots: int = MAX_SLOTS,
         cache_bytes: int | None = None,
         pieces: int = 1,
@@ -187,7 +191,7 @@ class Engine:
         budget = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
         fitting = _fitting_slots(model, slots)
         self._pool = SchedulerPool(model, self.end_ids, fitting, budget, pieces)
-        self._tiles: Store[Tiles] = Store(min(budget, MAX_TILE_BYTES))
+        self._tiles: LRUCache[TiledImage] = LRUCache(min(budget, MAX_TILE_BYTES))
         # Threads know their pool alone, so an engine that nobody holds ends its threads.
         weakref.finalize(self, self._pool.close)
 
@@ -196,47 +200,47 @@ class Engine:
         """How many requests are answered at once."""
         return self._pool.slots
 
-    def tiles(self, picture: bytes | Image.Image | Tiles, name: str = "image") -> Tiles:
-        """A picture in tiles, for a request. May be called from any thread.
+    def tiles(self, image: bytes | Image.Image | TiledImage, name: str = "image") -> TiledImage:
+        """An image in tiles, for a request. May be called from any thread.
 
-        picture: an encoded file (one that was read lately is not read again), upright RGB, or tiles
+        image: an encoded file (one that was read lately is not read again), upright RGB, or tiles
             already. name: the input that an error speaks of.
 
-        Raises InputError as `read_picture` does.
+        Raises InputError as `read_image` does.
         """
-        if isinstance(picture, Tiles):
-            return picture
-        if isinstance(picture, Image.Image):
-            return tile_picture(picture, self.config.tiling, self.config.vision.image_size)
-        key = hashlib.sha256(picture).digest()
+        if isinstance(image, TiledImage):
+            return image
+        if isinstance(image, Image.Image):
+            return tile_image(image, self.config.tiling, self.config.vision.image_size)
+        key = hashlib.sha256(image).digest()
         tiles = self._tiles.get(key)
         if tiles is None:
-            tiles = self.tiles(read_picture(picture, name))
+            tiles = self.tiles(read_image(image, name))
             self._tiles.put(key, tiles)
         return tiles
 
     def stream(self, request: Request) -> Answer:
-        """Check the request, tile its pictures and queue it; may be called from any thread.
+        """Check the request, tile its images and queue it; may be called from any thread.
 
-        Raises InputError for a request that cannot be answered: nothing to answer, pictures and
+        Raises InputError for a request that cannot be answered: nothing to answer, images and
         `<image>` that do not match, a prompt longer than the context, a schema that cannot be
         enforced. Raises EngineError if the engine is shut down or broken.
         """
         started = time.monotonic()
         self._check(request)
         prompt = self.prompt(request)
-        pictures = [self.tiles(picture) for picture in request.pictures]
+        images = [self.tiles(image) for image in request.images]
         choices = [self._choice_ids(choice) for choice in request.choices]
         answer = Answer(self.tokens, self.end_ids, request.sampling.stop_sequences, request.choices)
-        room = self._measure(prompt, pictures, answer.usage)
+        room = self._measure(prompt, images, answer.usage)
         if max(map(len, choices), default=0) > room:
             raise InputError("choices", f"the longest has more than the {room} tokens left for it")
-        sampler = self.config.sampler
-        job = Job(
+        resampler = self.config.resampler
+        job = EngineRequest(
             prompt=prompt,
-            pictures=pictures,
-            keys=PromptKeys.of(
-                prompt, pictures, sampler.num_latents, instructed=sampler.text_tokens > 0
+            images=images,
+            keys=PromptHashes.of(
+                prompt, images, resampler.num_latents, instructed=resampler.text_tokens > 0
             ),
             params=request.sampling,
             limit=min(request.sampling.max_new_tokens, room),
@@ -265,17 +269,17 @@ class Engine:
         self._pool.join()
 
     def prompt(self, request: Request) -> Prompt:
-        """The request's prompt; an empty question asks for a description of its pictures."""
+        """The request's prompt; an empty question asks for a description of its images."""
         question = request.question
         if not question.strip():
-            if not request.pictures:
+            if not request.images:
                 raise InputError("question", "is empty and there is no image; give one of the two")
             question = self.config.text.caption_question
         return request_prompt(
             self.tokens,
             self.config,
             question,
-            pictures=len(request.pictures),
+            images=len(request.images),
             system_prompt=request.system_prompt,
             messages=request.messages,
         )
@@ -303,13 +307,13 @@ class Engine:
             )
 
     @cached_property
-    def _grammars(self) -> Grammars:
+    def _grammars(self) -> GrammarCompiler:
         decoder = self.config.decoder
-        return Grammars(
+        return GrammarCompiler(
             self.tokens, self.end_ids, decoder.initial_vocab + decoder.additional_tokens
         )
 
-    def _constraint(self, request: Request) -> Constraint | None:
+    def _constraint(self, request: Request) -> Grammar | None:
         if request.json_schema is None:
             return None
         return self._grammars.compile(request.json_schema)
@@ -319,23 +323,23 @@ class Engine:
         if self.config.text.prompt == "few_shot":
             before = after = END_OF_CHUNK
         else:
-            before, after = ASSISTANT, Control(self.config.text.stop_tokens[0])
-        ids = self.tokens.encode_pieces([before, choice, after])
+            before, after = ASSISTANT, SpecialToken(self.config.text.stop_tokens[0])
+        ids = self.tokens.encode_segments([before, choice, after])
         return ids[ids.index(self.tokens.id(before)) + 1 :]
 
-    def _measure(self, prompt: Prompt, pictures: Sequence[Tiles], usage: Usage) -> int:
+    def _measure(self, prompt: Prompt, images: Sequence[TiledImage], usage: Usage) -> int:
         """Note what the prompt takes; returns how many tokens are left for the answer."""
-        latents = self.config.sampler.num_latents
-        image_tokens = sum(picture.pixels.shape[0] * latents for picture in pictures)
+        latents = self.config.resampler.num_latents
+        image_tokens = sum(image.pixels.shape[0] * latents for image in images)
         text_tokens = len(prompt.ids) - sum(length for _, length in prompt.spans)
         total, context = text_tokens + image_tokens, self.config.decoder.max_positions
         if total >= context:
             raise InputError(
                 "question",
-                f"with its pictures and earlier turns it takes {total} tokens ({image_tokens} for "
-                f"{len(pictures)} pictures, {text_tokens} for text), {total - context + 1} more "
+                f"with its images and earlier turns it takes {total} tokens ({image_tokens} for "
+                f"{len(images)} images, {text_tokens} for text), {total - context + 1} more "
                 f"than the {context - 1} that leave room for an answer; shorten the text or give "
-                "fewer pictures",
+                "fewer images",
             )
         usage.prompt_tokens, usage.image_tokens = total, image_tokens
         return context - total
@@ -358,7 +362,7 @@ def load(
         dtype: of weights and activations; by default bfloat16 on a GPU and float32 on a CPU.
         slots: requests answered at once, at most as many as fit half of the free memory; further
             ones wait.
-        cache_bytes: memory for what is kept of pictures and prompts between requests; by default
+        cache_bytes: memory for what is kept of images and prompts between requests; by default
             an eighth of what is free, at most 4 GB.
         quantize: `int8` or `fp8` for the weights of the decoder's layers; by default neither.
         pieces: of encoding and prefill that are done between two decode steps: one keeps streams
@@ -374,12 +378,12 @@ def load(
     where = _device(device)
     kind = _dtype(dtype, where)
     if quantize is not None:
-        check_kind(quantize, where)
+        check_quantization(quantize, where)
     started = time.monotonic()
     config = read_config(folder)
     if config.demo:
         logger.warning("%s is a demonstration, not a released model", folder.name)
-    tokens = Tokens.from_folder(folder, config.text.convention, config.additional_ids)
+    tokens = Tokenizer.from_folder(folder, config.text.convention, config.additional_ids)
     with torch.device("meta"):
         model = XGenMM(config)
     with ThreadPoolExecutor(1) as aside:

@@ -2,7 +2,7 @@
 
 One, as a rule. A small model on a CPU gets several, up to one a core: its operations are too short
 to be shared by cores, which would wait for each other after every one. What runs alone still takes
-all cores for its pictures and its prompt.
+all cores for its images and its prompt.
 """
 
 import atexit
@@ -13,7 +13,7 @@ import torch
 
 from xgenmm.engine.prefix_cache import Caches
 from xgenmm.engine.sampling_params import MOST_BEAMS
-from xgenmm.engine.scheduler import Job, Scheduler, is_small
+from xgenmm.engine.scheduler import EngineRequest, Scheduler, is_small
 from xgenmm.models.xgenmm import XGenMM
 
 EXIT_SECONDS = 10.0
@@ -70,7 +70,7 @@ class SchedulerPool:
         ]
         _POOLS.add(self)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: EngineRequest) -> None:
         """Queue a job. Raises EngineError when the engine is shut down or broken."""
         min(self.schedulers, key=lambda scheduler: scheduler.busy).submit(job)
 

@@ -1,7 +1,7 @@
-"""What an engine remembers between requests: encoded pictures, and keys and values of prompts.
+"""What an engine remembers between requests: encoded images, and keys and values of prompts.
 
 Both are least-recently-used stores with a budget in bytes, in the memory of the model's device.
-They belong to one engine, so to one checkpoint in one dtype; a key covers the rest: a picture's
+They belong to one engine, so to one checkpoint in one dtype; a key covers the rest: an image's
 pixels and tiling, and a prompt's every position up to the last one that is reused. All of it may be
 used from several threads.
 """
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from xgenmm.models.phi3 import KVCache
 from xgenmm.preprocessing.prompts import Prompt
-from xgenmm.preprocessing.tiling import Tiles
+from xgenmm.preprocessing.tiling import TiledImage
 
 BLOCK = 32
 """Positions whose keys and values are kept and found together."""
 
-PICTURE_SHARE = 1 / 8
+IMAGE_SHARE = 1 / 8
 """Of the caches' budget: vision tokens are far smaller than keys and values."""
 
 
@@ -39,7 +39,7 @@ class Sized(Protocol):
 Item = TypeVar("Item", bound=Sized)
 
 
-class Store(Generic[Item]):
+class LRUCache(Generic[Item]):
     """Items by key; what was used longest ago goes first when they outgrow `budget` bytes."""
 
     def __init__(self, budget: int) -> None:
@@ -87,7 +87,7 @@ class PrefixCache:
     """
 
     def __init__(self, budget: int) -> None:
-        self.store: Store[torch.Tensor] = Store(budget)
+        self.store: LRUCache[torch.Tensor] = LRUCache(budget)
 
     def restore(self, keys: Sequence[bytes], cache: KVCache, row: int) -> int:
         """Fill the front of a row with the blocks that are held; returns how many positions."""
@@ -117,44 +117,44 @@ class Caches:
     """All that an engine keeps between requests, within `budget` bytes."""
 
     def __init__(self, budget: int) -> None:
-        self.pictures: Store[torch.Tensor] = Store(int(budget * PICTURE_SHARE))
-        self.prefixes = PrefixCache(budget - self.pictures.budget)
+        self.images: LRUCache[torch.Tensor] = LRUCache(int(budget * IMAGE_SHARE))
+        self.prefixes = PrefixCache(budget - self.images.budget)
 
     def clear(self) -> None:
         """Forget everything."""
-        self.pictures.clear()
+        self.images.clear()
         self.prefixes.store.clear()
 
 
 @dataclass(frozen=True)
-class PromptKeys:
+class PromptHashes:
     """By what the caches know a fused prompt.
 
-    pictures: the key of each picture. ends: where among the positions each one's vision tokens
+    images: the key of each image. ends: where among the positions each one's vision tokens
     end. words: uint64 [positions, 5], what stands at each position: a token is its id after four
-    zeros, a vision token its number after its picture's key.
+    zeros, a vision token its number after its image's key.
     """
 
-    pictures: tuple[bytes, ...]
+    images: tuple[bytes, ...]
     ends: tuple[int, ...]
     words: NDArray[np.uint64]
     blocks: tuple[bytes, ...]
 
     @classmethod
     def of(
-        cls, prompt: Prompt, pictures: Sequence[Tiles], latents: int, *, instructed: bool
-    ) -> "PromptKeys":
-        """The keys of a prompt with its pictures.
+        cls, prompt: Prompt, images: Sequence[TiledImage], latents: int, *, instructed: bool
+    ) -> "PromptHashes":
+        """The keys of a prompt with its images.
 
         latents: vision tokens a tile. instructed: whether they depend on the prompt's text.
         """
-        keys = tuple(picture_key(picture) for picture in pictures)
+        keys = tuple(image_key(image) for image in images)
         text = np.array(prompt.ids).tobytes() if instructed else b""
         ids, end, total = np.array(prompt.ids, dtype=np.uint64), 0, 0
         parts: list[NDArray[np.uint64]] = []
         ends: list[int] = []
-        for (start, length), key, picture in zip(prompt.spans, keys, pictures, strict=True):
-            shown = np.empty((picture.pixels.shape[0] * latents, 5), dtype=np.uint64)
+        for (start, length), key, image in zip(prompt.spans, keys, images, strict=True):
+            shown = np.empty((image.pixels.shape[0] * latents, 5), dtype=np.uint64)
             shown[:, :4] = np.frombuffer(hashlib.sha256(key + text).digest(), dtype=np.uint64)
             shown[:, 4] = np.arange(len(shown))
             parts += [_text_words(ids[end:start]), shown]
@@ -170,11 +170,11 @@ class PromptKeys:
         return list(_block_keys(np.concatenate([self.words, new])))
 
 
-def picture_key(picture: Tiles) -> bytes:
-    """A hash of all that the picture's features depend on."""
-    layout = (picture.pixels.shape, picture.columns, picture.rows, picture.picture_size)
+def image_key(image: TiledImage) -> bytes:
+    """A hash of all that the image's features depend on."""
+    layout = (image.pixels.shape, image.columns, image.rows, image.image_size)
     digest = hashlib.sha256(repr(layout).encode())
-    digest.update(picture.pixels.data)
+    digest.update(image.pixels.data)
     return digest.digest()
 
 

@@ -7,7 +7,13 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from xgenmm.engine.sampler import BeamSearch, RowSettings, draws, next_tokens, penalise
+from xgenmm.engine.sampler import (
+    BeamSearch,
+    SamplingMetadata,
+    apply_repetition_penalty,
+    sample_tokens,
+    uniform_noise,
+)
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.xgenmm import XGenMM
 
@@ -44,13 +50,13 @@ def _stream(
 ) -> Iterator[int]:
     length = embeds.shape[0]
     cache = model.cache(1, length + limit)
-    settings = RowSettings.of([params], model.device)
-    uniform = draws(params).to(model.device)
+    settings = SamplingMetadata.of([params], model.device)
+    uniform = uniform_noise(params).to(model.device)
     logits = model.prefill([embeds], cache)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for step in range(limit):
-        scores = penalise(logits, seen, settings.penalty)
-        token = next_tokens(scores, settings, uniform[step : step + 1])
+        scores = apply_repetition_penalty(logits, seen, settings.penalty)
+        token = sample_tokens(scores, settings, uniform[step : step + 1])
         yield int(token)
         seen[0, token] = True
         if cancelled():
@@ -70,7 +76,7 @@ def _search(
 ) -> Iterator[int]:
     length, device = embeds.shape[0], model.device
     search = BeamSearch(params.num_beams, end_ids, limit)
-    settings = RowSettings.of([params], device)
+    settings = SamplingMetadata.of([params], device)
     prompt = model.cache(1, length)
     logits = model.prefill([embeds], prompt)
     cache = model.cache(params.num_beams, length + limit)
@@ -78,7 +84,9 @@ def _search(
     cache.values[:, :, :, :length] = prompt.values
     seen = torch.zeros_like(logits, dtype=torch.bool)
     while True:
-        parents, chosen = search.advance(penalise(logits.log_softmax(-1), seen, settings.penalty))
+        parents, chosen = search.advance(
+            apply_repetition_penalty(logits.log_softmax(-1), seen, settings.penalty)
+        )
         if cancelled():
             return
         if search.finished:

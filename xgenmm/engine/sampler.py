@@ -1,12 +1,12 @@
 """Logits in, tokens out: temperature, top-k, top-p, repetition penalty, beams, stop sequences.
 
-Knows nothing of models or text encodings. `penalise` and `next_tokens` are pure functions of
-tensors: a row a request, each row with its own settings, on whatever device the logits are, with
-fixed shapes and without waiting for the device, as a CUDA graph needs it. A constraint is applied
-by its owner before them, by setting the logits of forbidden tokens to -inf.
+Knows nothing of models or text encodings. `apply_repetition_penalty` and `sample_tokens` are pure
+functions of tensors: a row a request, each row with its own settings, on whatever device the
+logits are, with fixed shapes and without waiting for the device, as a CUDA graph needs it. A
+constraint is applied by its owner before them, by setting the logits of forbidden tokens to -inf.
 
-Randomness is an input: `draws` makes one uniform number for each token of one request, and a
-token is read off the inverse cumulative distribution at that number. So the same request with the
+Randomness is an input: `uniform_noise` makes one uniform number for each token of one request, and
+a token is read off the inverse cumulative distribution at that number. So the same request with the
 same seed gives the same tokens whatever else is in the batch.
 
 The results are those of `transformers` 4.41 (`generate` with the same settings): the filters of
@@ -28,7 +28,7 @@ from xgenmm.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
-class RowSettings:
+class SamplingMetadata:
     """The settings of a batch as tensors [rows], a row a request, on the logits' device.
 
     A row may be overwritten in place when its request changes; `sampled` is then what it is for
@@ -42,7 +42,7 @@ class RowSettings:
     sampled: bool
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], device: torch.device | str) -> "RowSettings":
+    def of(cls, params: Sequence[SamplingParams], device: torch.device | str) -> "SamplingMetadata":
         """Row i takes the settings of `params[i]`."""
 
         def row_tensor(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class RowSettings:
         )
 
 
-def draws(params: SamplingParams) -> Tensor:
+def uniform_noise(params: SamplingParams) -> Tensor:
     """Uniform numbers in [0, 1) for one request, one a token: float32 [max_new_tokens], on the CPU.
 
     A longer `max_new_tokens` continues the same numbers, so it continues the same answer.
@@ -70,23 +70,23 @@ def draws(params: SamplingParams) -> Tensor:
     return torch.rand(params.max_new_tokens, generator=generator)
 
 
-def penalise(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+def apply_repetition_penalty(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Make tokens that were seen less likely: positive scores are divided, negative multiplied.
 
     scores [rows, vocab] are logits, or log-probabilities for beams (as `transformers` does);
     seen [rows, vocab] bool marks the tokens of the history (the caller decides what that is:
-    the original counts the generated tokens only); penalty [rows], see `RowSettings`.
+    the original counts the generated tokens only); penalty [rows], see `SamplingMetadata`.
     """
     penalty = penalty[:, None]
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def next_tokens(logits: Tensor, settings: RowSettings, uniform: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, settings: SamplingMetadata, uniform: Tensor) -> Tensor:
     """The next token of each row: int64 [rows].
 
     logits [rows, vocab], of any float type, with at least one finite value a row; uniform [rows]
-    float32 in [0, 1), this step's column of each request's `draws`. Rows of temperature 0 take
-    the most likely token (the first of equals).
+    float32 in [0, 1), this step's column of each request's `uniform_noise`. Rows of temperature 0
+    take the most likely token (the first of equals).
     """
     greedy = logits.argmax(dim=-1)
     if not settings.sampled:
@@ -94,7 +94,7 @@ def next_tokens(logits: Tensor, settings: RowSettings, uniform: Tensor) -> Tenso
     return torch.where(settings.temperature > 0, _sample(logits, settings, uniform), greedy)
 
 
-def _sample(logits: Tensor, settings: RowSettings, uniform: Tensor) -> Tensor:
+def _sample(logits: Tensor, settings: SamplingMetadata, uniform: Tensor) -> Tensor:
     vocab = logits.shape[-1]
     temperature = torch.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
     logits = logits.float()
@@ -210,7 +210,7 @@ class BeamSearch:
         self._ended.append((score, tokens))
 
 
-class StopText:
+class StopStringChecker:
     """Passes streamed text on until one of the stop sequences is complete.
 
     The stop sequence itself and all after it are dropped, wherever the pieces are cut. The one

@@ -1,15 +1,15 @@
 """Continuous batching: many requests decode together over one static key/value cache.
 
-Prompts and pictures in, token ids out; knows nothing of text, Cog or HTTP. One thread does all work
+Prompts and images in, token ids out; knows nothing of text, Cog or HTTP. One thread does all work
 of a scheduler. Between two decode steps, which serve all running streams at once, it takes in new
 jobs and does one piece of other work, or several: a batch of tiles through the encoder, or at most
 a chunk of positions of waiting prompts. So no stream ever waits for more than that.
 
 A job owns one row of the cache, a slot (`num_beams` of them if it searches), from its admission to
-its end. A row's next token goes to `Slots.position`, also in rows that are still being prefilled
-or idle: a decode step runs over all rows up to the last busy one, and what it writes for the others
-lands where it is overwritten before it is ever seen. Shapes are static but for the number of rows,
-a power of two, and of keys.
+its end. A row's next token goes to `BatchState.position`, also in rows that are still being
+prefilled or idle: a decode step runs over all rows up to the last busy one, and what it writes for
+the others lands where it is overwritten before it is ever seen. Shapes are static but for the
+number of rows, a power of two, and of keys.
 
 On a GPU a step begins before the host has seen the tokens of the one before it, so the device never
 waits for the host; a row that has ended then makes one token more, which nobody gets.
@@ -27,18 +27,18 @@ from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 
-from xgenmm.engine.batch_state import Slots
-from xgenmm.engine.prefix_cache import BLOCK, Caches, PromptKeys
+from xgenmm.engine.batch_state import BatchState
+from xgenmm.engine.prefix_cache import BLOCK, Caches, PromptHashes
 from xgenmm.engine.sampler import BeamSearch
 from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.engine.structured_output import Constraint
+from xgenmm.engine.structured_output import Grammar
 from xgenmm.errors import EngineError, InputError
-from xgenmm.kernels.cuda_graphs import fast_decode
+from xgenmm.kernels.cuda_graphs import build_decode_step
 from xgenmm.models.xgenmm import XGenMM, padded
 from xgenmm.preprocessing.prompts import Prompt
-from xgenmm.preprocessing.tiling import Tiles
+from xgenmm.preprocessing.tiling import TiledImage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CHUNK = 512
 """Prompt positions, padding included, that are prefilled in one piece."""
@@ -70,7 +70,7 @@ class Usage:
     prompt_tokens: positions of the prompt; `image_tokens` of them are vision tokens, and for
         `cached_tokens` the keys and values of an earlier prompt were reused.
     queue_time: until a slot was free. prefill_time: from then to the first token, encoding of the
-        pictures included. time_to_first_token: of the whole request, reading of tiles included.
+        images included. time_to_first_token: of the whole request, reading of tiles included.
     tokens_per_second: output tokens over the whole time.
     batch_size: the most requests that shared a decode step with this one, itself included.
     stop_reason: `end` (the model's own end), `stop` (a stop sequence), `length` (max_new_tokens
@@ -91,7 +91,7 @@ class Usage:
     choices: dict[str, float] | None = None
 
 
-class Receiver(Protocol):
+class OutputSink(Protocol):
     """Who asked. All but `cancelled` is called by the scheduler's thread and must not block."""
 
     @property
@@ -109,22 +109,22 @@ class Receiver(Protocol):
 
 
 @dataclass(eq=False)
-class Job:
+class EngineRequest:
     """One request, and how far it has come.
 
-    prompt and pictures belong together and `keys` are theirs; with `limit` tokens more they fit
+    prompt and images belong together and `keys` are theirs; with `limit` tokens more they fit
     the context. choices: token ids of each, its end included, to choose from instead of free text.
     started, deadline: by `time.monotonic`.
     """
 
     prompt: Prompt
-    pictures: Sequence[Tiles]
-    keys: PromptKeys
+    images: Sequence[TiledImage]
+    keys: PromptHashes
     params: SamplingParams
     limit: int
-    receiver: Receiver
+    receiver: OutputSink
     usage: Usage = field(default_factory=Usage)
-    constraint: Constraint | None = None
+    constraint: Grammar | None = None
     choices: Sequence[Sequence[int]] = ()
     started: float = field(default_factory=time.monotonic)
     deadline: float = float("inf")
@@ -150,7 +150,7 @@ class Job:
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the pictures that still have to be encoded."""
+        """Numbers of the images that still have to be encoded."""
         if self.embeds is not None or self.decoding:
             return []
         ends, cached = self.keys.ends, self.usage.cached_tokens
@@ -163,13 +163,13 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Made:
+class StepOutput:
     """What one step makes, begun but perhaps not done.
 
     jobs: each with its token's place among `tokens`, which waits for them. logits: of all rows.
     """
 
-    jobs: Sequence[tuple[Job, int]]
+    jobs: Sequence[tuple[EngineRequest, int]]
     tokens: Callable[[], list[int]]
     logits: torch.Tensor
 
@@ -211,18 +211,18 @@ class Scheduler:
         decoder = model.config.decoder
         # One index more than the context: where padding goes that would pass the end.
         self._cache = model.cache(slots, decoder.max_positions + 1)
-        self._step = fast_decode(model, self._cache)
+        self._step = build_decode_step(model, self._cache)
         self.ahead = int(model.device.type == "cuda")  # steps begun before tokens are looked at
-        self._made: deque[Made] = deque()
+        self._made: deque[StepOutput] = deque()
         vocab = decoder.initial_vocab + decoder.additional_tokens
-        self._slots = Slots(slots, vocab, model.device)
+        self._slots = BatchState(slots, vocab, model.device)
         self._free = list(range(slots))
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
+        self._inbox: SimpleQueue[EngineRequest | None] = SimpleQueue()
+        self._waiting: deque[EngineRequest] = deque()
+        self._running: list[EngineRequest] = []
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._lock = threading.Lock()
-        self._jobs: set[Job] = set()  # accepted and not ended
+        self._jobs: set[EngineRequest] = set()  # accepted and not ended
         self._closed = False
         self._abandoned = False
         self._failure: BaseException | None = None
@@ -232,7 +232,7 @@ class Scheduler:
 
     # From any thread
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: EngineRequest) -> None:
         """Queue a job. Raises EngineError when the engine is shut down or broken."""
         with self._lock:
             self.check()
@@ -290,7 +290,7 @@ class Scheduler:
                 self._decode()
                 self._summarise()
         except BaseException as error:
-            log.exception("the engine stops")
+            logger.exception("the engine stops")
             with self._lock:
                 self._failure = error
             for job in self._jobs:
@@ -330,7 +330,7 @@ class Scheduler:
             job.rows, self._free = self._free[: job.slots], self._free[job.slots :]
             self._try([job], partial(self._begin, job))
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: EngineRequest) -> None:
         job.admitted = time.monotonic()
         job.usage.queue_time = job.admitted - job.started
         # At least one position is left to compute: the logits after it are wanted.
@@ -343,7 +343,7 @@ class Scheduler:
         if job.slots > 1:
             job.search = BeamSearch(job.slots, self._end_ids, job.limit)
         for number in job.missing:
-            held = self.caches.pictures.get(job.keys.pictures[number])
+            held = self.caches.images.get(job.keys.images[number])
             if held is not None:
                 job.encoded[number] = held
         self._counts["prompt positions"] += job.total
@@ -358,28 +358,28 @@ class Scheduler:
             self._prefill()
 
     def _encode(self) -> None:
-        """Encode the pictures that are waited for longest, of several jobs at once."""
+        """Encode the images that are waited for longest, of several jobs at once."""
         room = TILES
         if self.model.device.type == "cuda" and not any(job.decoding for job in self._running):
             room = TILES_ALONE
-        waited: dict[bytes, list[tuple[Job, int]]] = {}
-        chosen: dict[bytes, Tiles] = {}
+        waited: dict[bytes, list[tuple[EngineRequest, int]]] = {}
+        chosen: dict[bytes, TiledImage] = {}
         for job in self._running:
             for number in job.missing:
-                key, picture = job.keys.pictures[number], job.pictures[number]
+                key, image = job.keys.images[number], job.images[number]
                 if key not in chosen:
-                    if chosen and picture.pixels.shape[0] > room:
+                    if chosen and image.pixels.shape[0] > room:
                         continue
-                    room -= picture.pixels.shape[0]
-                    chosen[key] = picture
+                    room -= image.pixels.shape[0]
+                    chosen[key] = image
                 waited.setdefault(key, []).append((job, number))
 
         def work() -> list[torch.Tensor]:
-            pictures = list(chosen.values())
-            features = self.model.features(pictures)
-            if self.model.config.sampler.text_tokens:
+            images = list(chosen.values())
+            features = self.model.features(images)
+            if self.model.config.resampler.text_tokens:
                 return features
-            return self.model.vision_tokens(pictures, features)
+            return self.model.vision_tokens(images, features)
 
         jobs = {job for places in waited.values() for job, _ in places}
         encoded = self._try(list(jobs), work)
@@ -387,14 +387,14 @@ class Scheduler:
             return
         for key, tensor in zip(chosen, encoded, strict=True):
             kept = tensor.clone()  # of its own, not a view of the whole batch
-            self.caches.pictures.put(key, kept)
+            self.caches.images.put(key, kept)
             for job, number in waited[key]:
                 job.encoded[number] = kept
-        self._counts["tiles"] += sum(picture.pixels.shape[0] for picture in chosen.values())
+        self._counts["tiles"] += sum(image.pixels.shape[0] for image in chosen.values())
 
     def _prefill(self) -> None:
         """Take the next positions of waiting prompts, as many as make up a chunk."""
-        batch: list[tuple[Job, torch.Tensor]] = []
+        batch: list[tuple[EngineRequest, torch.Tensor]] = []
         longest = 0
         for job in list(self._running):
             if job.decoding or job.missing:
@@ -414,7 +414,7 @@ class Scheduler:
 
         def work() -> torch.Tensor:
             starts, rows = [job.length for job in jobs], [job.rows[0] for job in jobs]
-            return self.model.extend(parts, starts, rows, self._cache)
+            return self.model.prefill_chunk(parts, starts, rows, self._cache)
 
         logits = self._try(jobs, work)
         if logits is None:
@@ -425,22 +425,22 @@ class Scheduler:
             if job.decoding:
                 self._try([job], partial(self._begin_answer, job, row_logits[None]))
 
-    def _fuse(self, job: Job) -> None:
+    def _fuse(self, job: EngineRequest) -> None:
         config, device = self.model.config, self.model.device
         vision = []
-        for number, picture in enumerate(job.pictures):
+        for number, image in enumerate(job.images):
             if number not in job.encoded:  # its keys and values are cached: nobody looks here
-                count = picture.pixels.shape[0] * config.sampler.num_latents
+                count = image.pixels.shape[0] * config.resampler.num_latents
                 vision.append(torch.zeros(count, config.decoder.hidden_size, device=device))
-            elif config.sampler.text_tokens:
+            elif config.resampler.text_tokens:
                 features = [job.encoded[number]]
-                vision += self.model.vision_tokens([picture], features, job.prompt)
+                vision += self.model.vision_tokens([image], features, job.prompt)
             else:
                 vision.append(job.encoded[number])
-        job.embeds = self.model.fuse(job.prompt, vision)
+        job.embeds = self.model.merge_multimodal_embeddings(job.prompt, vision)
         job.encoded.clear()
 
-    def _begin_answer(self, job: Job, logits: torch.Tensor) -> None:
+    def _begin_answer(self, job: EngineRequest, logits: torch.Tensor) -> None:
         """From the prompt's last logits [1, vocab]: choose, begin a search, or draw a token."""
         job.embeds = None
         now = time.monotonic()
@@ -461,9 +461,9 @@ class Scheduler:
                 logits = _masked(logits, {0: mask})
             if job in self._running:
                 tokens = self._slots.draw(rows, logits)
-                self._made.append(Made([(job, 0)], _fetch(tokens), logits))
+                self._made.append(StepOutput([(job, 0)], _fetch(tokens), logits))
 
-    def _choose(self, job: Job, logits: torch.Tensor) -> None:
+    def _choose(self, job: EngineRequest, logits: torch.Tensor) -> None:
         """Score the choices against each other; all of them share the prompt's prefill."""
         first = logits[0].log_softmax(-1)
         scores = [first[choice[0]] for choice in job.choices]
@@ -479,7 +479,7 @@ class Scheduler:
             if not group:
                 continue
             texts = [choice[:-1] for _, choice in group]
-            along = self.model.branches(texts, job.length, job.rows[0], self._cache)
+            along = self.model.score_continuations(texts, job.length, job.rows[0], self._cache)
             for (number, choice), rows in zip(group, along, strict=True):
                 rest = torch.tensor(choice[1:], device=rows.device)
                 scores[number] = (
@@ -505,7 +505,7 @@ class Scheduler:
             self._begin_step(jobs, masks)
         self._hand_out(ahead if jobs else 0)
 
-    def _begin_step(self, jobs: Sequence[Job], masks: Mapping[int, torch.Tensor]) -> None:
+    def _begin_step(self, jobs: Sequence[EngineRequest], masks: Mapping[int, torch.Tensor]) -> None:
         last = max(row for job in jobs for row in job.rows)
         count = min(self.slots, 1 << last.bit_length())
         rows = slice(count)
@@ -523,7 +523,7 @@ class Scheduler:
         if made is None:
             return
         logits, tokens = made
-        self._made.append(Made([(job, job.rows[0]) for job in jobs], _fetch(tokens), logits))
+        self._made.append(StepOutput([(job, job.rows[0]) for job in jobs], _fetch(tokens), logits))
         self._counts["steps"] += 1
         self._counts["step requests"] += len(jobs)
         for job in jobs:
@@ -544,11 +544,11 @@ class Scheduler:
                 else:
                     self._try([job], partial(self._continue_search, job, made.logits))
 
-    def _continue_search(self, job: Job, logits: torch.Tensor) -> None:
+    def _continue_search(self, job: EngineRequest, logits: torch.Tensor) -> None:
         rows = torch.tensor(job.rows, device=self.model.device)
         self._advance(job, self._slots.penalised(rows, logits[rows].log_softmax(-1)))
 
-    def _advance(self, job: Job, scores: torch.Tensor) -> None:
+    def _advance(self, job: EngineRequest, scores: torch.Tensor) -> None:
         """One step of a beam search: scores are penalised log-probabilities of its rows."""
         assert job.search is not None
         parents, tokens = job.search.advance(scores)
@@ -568,7 +568,7 @@ class Scheduler:
         self._slots.follow(rows, sources, torch.tensor(tokens, device=device))
         self._slots.position[rows] = job.length
 
-    def _hand_to(self, job: Job, token: int) -> None:
+    def _hand_to(self, job: EngineRequest, token: int) -> None:
         usage = job.usage
         if not job.made:
             usage.time_to_first_token = time.monotonic() - job.started
@@ -584,7 +584,7 @@ class Scheduler:
         if reason is not None:
             self._end(job, reason)
 
-    def _allowed(self, jobs: Sequence[Job]) -> dict[int, torch.Tensor]:
+    def _allowed(self, jobs: Sequence[EngineRequest]) -> dict[int, torch.Tensor]:
         """The tokens that constraints allow next, by row; one that fails, fails its job."""
         masks = {}
         for job in jobs:
@@ -595,12 +595,12 @@ class Scheduler:
                     masks[job.rows[0]] = mask
         return masks
 
-    def _remember(self, job: Job) -> None:
+    def _remember(self, job: EngineRequest) -> None:
         """Keep the keys and values of the prompt, and of the answer once there is one."""
         keys = job.keys.continued(job.made)[: job.length // BLOCK]
         self.caches.prefixes.save(keys, self._cache, job.rows[0])
 
-    def _end(self, job: Job, reason: StopReason, error: Exception | None = None) -> None:
+    def _end(self, job: EngineRequest, reason: StopReason, error: Exception | None = None) -> None:
         """Free all that the job holds and tell who asked, once."""
         if job not in self._jobs:
             return
@@ -622,9 +622,9 @@ class Scheduler:
         try:
             job.receiver.end(reason, error)
         except Exception:
-            log.exception("a request's receiver fails at its end")
+            logger.exception("a request's receiver fails at its end")
 
-    def _try(self, jobs: Sequence[Job], work: Callable[[], T]) -> T | None:
+    def _try(self, jobs: Sequence[EngineRequest], work: Callable[[], T]) -> T | None:
         """Do work for these jobs. If it fails they fail, and nobody else.
 
         When memory runs out what is kept between requests is dropped, and the work tried once more.
@@ -635,13 +635,13 @@ class Scheduler:
             except Exception as error:
                 if not _out_of_memory(error):
                     raise
-                log.warning("out of memory: dropping the caches and trying once more")
+                logger.warning("out of memory: dropping the caches and trying once more")
             self.caches.clear()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             return work()
         except Exception as error:
-            log.exception("%d requests fail", len(jobs))
+            logger.exception("%d requests fail", len(jobs))
             known = isinstance(error, InputError)
             cause = error if known else EngineError(f"the request failed in the model: {error!r}")
             for job in jobs:
@@ -655,7 +655,7 @@ class Scheduler:
             return
         counts = self._counts
         ended = {reason: counts[reason] for reason in get_args(StopReason) if counts[reason]}
-        log.info(
+        logger.info(
             "%s, %.0f s: %s; %d running, %d waiting; %.1f tokens/s, %.1f requests a step; "
             "%d tiles encoded, %d of %d prompt positions from the cache",
             self._thread.name,

@@ -1,7 +1,7 @@
 """Structured answers: a JSON schema in, the tokens that an answer may go on with out.
 
 Knows nothing of models, requests or sampling. The grammar is llguidance's work. Here are the
-tokens as the bytes that `TextStream` makes of them, the check that no part of a schema goes
+tokens as the bytes that `Detokenizer` makes of them, the check that no part of a schema goes
 unenforced, and what brings an answer to its end before its tokens run out.
 
 An answer is JSON on one line, with at most one space after a comma or a colon, and with the
@@ -24,7 +24,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from xgenmm.errors import InputError
-from xgenmm.preprocessing.tokenizer import Tokens
+from xgenmm.preprocessing.tokenizer import Tokenizer
 
 # llguidance refuses those of these that it cannot enforce, but passes over any other keyword.
 _KEYWORDS = {*Draft7Validator.META_SCHEMA["properties"]} | {
@@ -33,7 +33,7 @@ _KEYWORDS = {*Draft7Validator.META_SCHEMA["properties"]} | {
 _LISTS_OF_PARTS = {"allOf", "anyOf", "oneOf", "items", "prefixItems"}
 _NAMED_PARTS = {"$defs", "definitions", "patternProperties", "properties"}
 
-# The space is the one that `TextStream` drops from the front of an answer. Without `no_forcing`
+# The space is the one that `Detokenizer` drops from the front of an answer. Without `no_forcing`
 # the library would choose the tokens of what is certain to come, and need the encoder for it.
 _GRAMMAR = '%llguidance {"no_forcing": true}\nstart: " "? json\njson: %json '
 _STYLE = {
@@ -49,10 +49,10 @@ _LONGEST_WAY_OUT = 256
 _SLACK = 8  # what a name such as `false` can add to a way out
 
 
-class Grammars:
+class GrammarCompiler:
     """Compiles JSON schemas for one checkpoint's tokenizer. Threads may share it."""
 
-    def __init__(self, tokens: Tokens, end_ids: Collection[int], vocab: int) -> None:
+    def __init__(self, tokens: Tokenizer, end_ids: Collection[int], vocab: int) -> None:
         """`vocab` is the width of the logits; each of `end_ids` ends an answer."""
         self.ends = sorted(end_ids)
         self.texts = texts = [tokens.text_bytes(token) for token in range(vocab)]
@@ -71,7 +71,7 @@ class Grammars:
         self.rank_inside = torch.tensor([_rank_inside(text) for text in texts])
         self.rank[self.ends] = 1e9
 
-    def compile(self, schema: Mapping[str, Any]) -> "Constraint":
+    def compile(self, schema: Mapping[str, Any]) -> "Grammar":
         """A constraint for one answer.
 
         Raises InputError for what is no JSON schema (in the draft that `$schema` names, by default
@@ -83,21 +83,21 @@ class Grammars:
             self._tokenizer, LLMatcher.grammar_from_lark(_GRAMMAR + text), log_level=0
         )
         # What may come with one token is about an array's item, with its names as in the schema.
-        constraint = Constraint(self, matcher, reserve=len(json.dumps(schema)) // 4)
+        constraint = Grammar(self, matcher, reserve=len(json.dumps(schema)) // 4)
         constraint.way_out(_LONGEST_WAY_OUT)  # raises for a part that no text can meet
         return constraint
 
 
-class Constraint:
+class Grammar:
     """What one answer may still become. For one thread at a time.
 
     `cut` tells that the end of the tokens, not the model, has begun to shape the answer.
     """
 
     def __init__(
-        self, grammars: Grammars, matcher: LLMatcher, reserve: int = 0, text: bytes = b""
+        self, grammars: GrammarCompiler, matcher: LLMatcher, reserve: int = 0, text: bytes = b""
     ) -> None:
-        """Made by `Grammars.compile`; `reserve`: see `mask`."""
+        """Made by `GrammarCompiler.compile`; `reserve`: see `mask`."""
         self.cut = False
         self._grammars, self._matcher, self._reserve, self._text = grammars, matcher, reserve, text
         self._look_at: float = float("inf")  # how many tokens are left at the next look for a way
@@ -141,7 +141,7 @@ class Constraint:
         and a long pattern may keep it from an end.
         """
         tables = self._grammars
-        probe = Constraint(tables, self._matcher.deep_copy(), text=self._text)
+        probe = Grammar(tables, self._matcher.deep_copy(), text=self._text)
         rank_inside, way = tables.rank_inside.clone(), list[int]()
         while len(way) < limit:
             allowed = probe._allowed()

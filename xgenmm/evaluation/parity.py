@@ -3,7 +3,7 @@
     python -m xgenmm.evaluation.parity FOLDER... [--tokenizer FOLDER]
 
 A golden folder holds a `cases.json`, and for a model also `model.safetensors` (random weights under
-the released names), `activations.safetensors` and pictures: what the original implementation
+the released names), `activations.safetensors` and images: what the original implementation
 computed, float32 on CPU. One line a case gives the largest difference of each stage; a folder with
 nothing but token ids is checked with the tokenizer files of `--tokenizer`. Exit status 1 on a
 failure.
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from xgenmm.config import (
     DecoderConfig,
-    SamplerConfig,
+    ResamplerConfig,
     TextConfig,
     TilingConfig,
     VisionConfig,
@@ -30,13 +30,13 @@ from xgenmm.config import (
 )
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.models.image_features import normalise, padding_mask
+from xgenmm.models.image_features import normalize, padding_mask
 from xgenmm.models.linear import use_onednn
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.images import read_picture
+from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
-from xgenmm.preprocessing.tiling import Tiles, tile_picture
-from xgenmm.preprocessing.tokenizer import Convention, Tokens
+from xgenmm.preprocessing.tiling import TiledImage, tile_image
+from xgenmm.preprocessing.tokenizer import Convention, Tokenizer
 
 TOLERANCES: Mapping[str, float] = {
     "tiles": 1e-6,
@@ -111,7 +111,7 @@ def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
 
 def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
     """The configuration of a golden model, from its `cases.json`."""
-    vision, text, sampler = golden["vision"], golden["text"], golden["sampler"]
+    vision, text, resampler = golden["vision"], golden["text"], golden["sampler"]
     if "width" in vision:  # open_clip's own names
         tower = VisionConfig(
             tower="open_clip",
@@ -133,15 +133,15 @@ def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
             image_size=vision["image_size"],
             patch_size=vision["patch_size"],
         )
-    text_tokens = sampler.get("text_tokens", 0)
+    text_tokens = resampler.get("text_tokens", 0)
     special = golden["special_token_ids"]
     return XGenMMConfig(
         vision=tower,
-        sampler=SamplerConfig(
-            num_latents=sampler["num_latents"],
-            depth=sampler["depth"],
-            num_heads=sampler["heads"],
-            head_dim=sampler["dim_head"],
+        resampler=ResamplerConfig(
+            num_latents=resampler["num_latents"],
+            depth=resampler["depth"],
+            num_heads=resampler["heads"],
+            head_dim=resampler["dim_head"],
             text_tokens=text_tokens,
             masked=not text_tokens,
         ),
@@ -169,7 +169,7 @@ def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
 
 
 def golden_prompt(golden: Mapping[str, Any], ids: Sequence[int]) -> Prompt:
-    """Ids with the runs of each picture: `<image>` and the placeholders that follow it."""
+    """Ids with the runs of each image: `<image>` and the placeholders that follow it."""
     image = golden["special_token_ids"]["<image>"]
     placeholder = golden["special_token_ids"]["<image placeholder>"]
     spans = []
@@ -208,29 +208,29 @@ def _check_case(
     name, config = description["name"], model.config
     case = Case(f"{folder.name}/{name}", {})
     tile = config.vision.image_size
-    pictures = [read_picture(folder / file) for file in description["images"]]
-    tiles = [tile_picture(picture, config.tiling, tile) for picture in pictures]
+    images = [read_image(folder / file) for file in description["images"]]
+    tiles = [tile_image(image, config.tiling, tile) for image in images]
     prompt = golden_prompt(golden, description["input_ids"])
     features = model.features(tiles)
     vision_tokens = model.vision_tokens(tiles, features, prompt)
-    embeds = model.fuse(prompt, vision_tokens)
+    embeds = model.merge_multimodal_embeddings(prompt, vision_tokens)
 
     def compare(key: str, stage: str, found: torch.Tensor) -> None:
         if f"{name}.{key}" in activations:
             case.compare(stage, activations[f"{name}.{key}"], found)
 
-    def normalised(these: Sequence[Tiles], tiling: TilingConfig) -> list[torch.Tensor]:
-        return [normalise(torch.from_numpy(one.pixels), tiling, torch.float32) for one in these]
+    def normalised(these: Sequence[TiledImage], tiling: TilingConfig) -> list[torch.Tensor]:
+        return [normalize(torch.from_numpy(one.pixels), tiling, torch.float32) for one in these]
 
     for i, (pixels, one) in enumerate(zip(normalised(tiles, config.tiling), tiles, strict=True)):
         compare(f"tiles.{i}", "tiles", pixels)
-        mask = padding_mask(one.columns, one.rows, one.picture_size, config.vision.grid)
+        mask = padding_mask(one.columns, one.rows, one.image_size, config.vision.grid)
         compare(f"mask.{i}", "mask", mask)
         compare(f"features.{i}", "features", features[i])
         compare(f"vision_tokens.{i}", "vision_tokens", vision_tokens[i])
-    if tiles and config.tiling.mode != "anyres":  # one tile a picture, stored as one batch
+    if tiles and config.tiling.mode != "anyres":  # one tile an image, stored as one batch
         padded = replace(config.tiling, mode="pad")
-        squares = [tile_picture(picture, padded, tile) for picture in pictures]
+        squares = [tile_image(image, padded, tile) for image in images]
         compare("pixel_values", "tiles", torch.cat(normalised(tiles, config.tiling)))
         compare("pixel_values_pad", "tiles_pad", torch.cat(normalised(squares, padded)))
         compare("features", "features", torch.cat(features))
@@ -265,7 +265,7 @@ def all_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
 
 def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> Iterator[Case]:
     extra = XGenMMConfig().additional_ids
-    tokens = {c: Tokens.from_folder(tokenizer, c, extra) for c in get_args(Convention)}
+    tokens = {c: Tokenizer.from_folder(tokenizer, c, extra) for c in get_args(Convention)}
     for number, description in enumerate(golden["cases"]):
         case = Case(f"{folder.name}/{description['kind']}-{number}", {})
         found = tokens[description["tokenizer"]].encode(description["text"])

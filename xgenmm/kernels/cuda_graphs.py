@@ -1,4 +1,4 @@
-"""The decode step as fast as the device's memory, chosen in one place: `fast_decode`.
+"""The decode step as fast as the device's memory, chosen in one place: `build_decode_step`.
 
 On a GPU: the kernels of `kernel_step.py`, one CUDA graph for each bucket of batch sizes, over one
 static cache and static inputs, replayed without the host waiting for anything. On a CPU: the plain
@@ -14,7 +14,7 @@ import torch
 from xgenmm.config import XGenMMConfig
 from xgenmm.garbage import uncollected
 from xgenmm.models.phi3 import KVCache
-from xgenmm.models.quantization import prepare
+from xgenmm.models.quantization import quantize_linear_layers
 from xgenmm.models.xgenmm import XGenMM
 
 Decode = Callable[[torch.Tensor, torch.Tensor, KVCache, int], torch.Tensor]
@@ -32,7 +32,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MAX_ROWS = BUCKETS[-1]
 
 
-def fast_decode(model: XGenMM, cache: KVCache) -> Decode:
+def build_decode_step(model: XGenMM, cache: KVCache) -> Decode:
     """The fastest decode step that this device has, for this cache alone.
 
     On a GPU this compiles the kernels (or finds them in Triton's cache) and captures the graphs.
@@ -40,10 +40,10 @@ def fast_decode(model: XGenMM, cache: KVCache) -> Decode:
     """
     if model.device.type != "cuda":
         return lambda *step: model.decode(*step)  # whatever `decode` is by then
-    from xgenmm.kernels.decode_step import KernelStep  # Triton, which a CPU's PyTorch lacks
+    from xgenmm.kernels.decode_step import KernelDecodeStep  # Triton, which a CPU's PyTorch lacks
 
-    step = KernelStep(model, cache)
-    graphs = DecodeGraphs(step, cache.keys.shape[1], model.device, cuda_capture())
+    step = KernelDecodeStep(model, cache)
+    graphs = CudaGraphRunner(step, cache.keys.shape[1], model.device, cuda_capture())
 
     def decode(
         tokens: torch.Tensor, positions: torch.Tensor, given: KVCache, length: int
@@ -58,23 +58,24 @@ def fast_decode(model: XGenMM, cache: KVCache) -> Decode:
 def compile_kernels(
     config: XGenMMConfig, rows: int, dtype: torch.dtype, quantize: str | None = None
 ) -> None:
-    """Compile, several at a time, the kernels of a GPU's `fast_decode`, or find them in the cache.
+    """Compile the kernels of a GPU's `build_decode_step` in threads, or find them in the cache.
 
     Needs nothing but the sizes, so it can be done while the weights are read. Later launches on the
     current device find the kernels in memory.
 
-    rows: most rows of a step. dtype: of weights and cache. quantize: of `quantize.KINDS`.
+    rows: most rows of a step. dtype: of weights and cache. quantize: of
+        `quantization.QUANTIZATIONS`.
     """
     from triton.runtime._async_compile import AsyncCompileMode
 
-    from xgenmm.kernels.decode_step import KernelStep
+    from xgenmm.kernels.decode_step import KernelDecodeStep
 
     with torch.device("meta"):
         model = XGenMM(config).to(dtype)
         tokens = torch.zeros(BUCKETS[-1], dtype=torch.int64)
         if quantize is not None:
-            prepare(model, quantize)
-    step = KernelStep(model, model.cache(rows, config.decoder.max_positions + 1))
+            quantize_linear_layers(model, quantize)
+    step = KernelDecodeStep(model, model.cache(rows, config.decoder.max_positions + 1))
     # Python before 3.11.8 cannot parse in two threads if a collection lets them take turns
     # (python/cpython#106905).
     with uncollected(), ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
@@ -92,7 +93,7 @@ def needed_buckets(most_rows: int, buckets: Sequence[int] = BUCKETS) -> Sequence
     return buckets[: sum(bucket < most_rows for bucket in buckets) + 1]
 
 
-class DecodeGraphs:
+class CudaGraphRunner:
     """A step captured once for each bucket of batch sizes, and replayed for the smallest that fits.
 
     Inputs are copied to static memory; the bucket's further rows get the position -1.

@@ -21,7 +21,7 @@ PROGRAMS = 512
 """Programs that fill a device with attention, so a head's keys are shared among several."""
 
 
-class KernelStep:
+class KernelDecodeStep:
     """One decode step by kernels over the first rows of a cache: a `Step`.
 
     The same mathematics as `XGenMM.decode`, with fewer roundings. Works with plain and with

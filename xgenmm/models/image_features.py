@@ -1,7 +1,7 @@
 """Tiles as the tower gets them, and their features as the sampler does: regrouped and masked.
 
 Pure functions of tensors and of the canvas, whose grid of tiles is columns x rows (0 x 0 if there
-is only the whole picture). Follows the original `Blip3ImageProcessor` and
+is only the whole image). Follows the original `Blip3ImageProcessor` and
 its use in `XGenMMModelForConditionalGeneration`.
 """
 
@@ -12,7 +12,7 @@ import torch
 from xgenmm.config import Size, TilingConfig
 
 
-def normalise(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) -> torch.Tensor:
+def normalize(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [tiles, tile, tile, 3] -> `dtype` [tiles, 3, tile, tile], on the pixels' own device."""
     mean = torch.tensor(config.mean, device=pixels.device)
     std = torch.tensor(config.std, device=pixels.device)
@@ -23,7 +23,7 @@ def normalise(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) ->
 def regroup(features: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
     """Features of the tiles as the sampler gets them: [1 + rows * columns, side**2, width].
 
-    The canvas's features are laid out as one picture, which is then cut, row by row, into runs as
+    The canvas's features are laid out as one image, which is then cut, row by row, into runs as
     long as a tile. With more than one column such a run is a band of full-width rows and not the
     square tile. The released weights were trained with this (facts.md, trap 1).
     """
@@ -36,16 +36,16 @@ def regroup(features: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
     return torch.cat([whole, runs])
 
 
-def padding_mask(columns: int, rows: int, picture_size: Size, side: int) -> torch.Tensor:
-    """Which features show the picture: bool [tiles, side**2], in the order of `regroup`.
+def padding_mask(columns: int, rows: int, image_size: Size, side: int) -> torch.Tensor:
+    """Which features show the image: bool [tiles, side**2], in the order of `regroup`.
 
     Computed in units of features with the original's truncations (facts.md, trap 2), so it does
-    not agree to the pixel with `fit_canvas`.
+    not agree to the pixel with `resize_and_pad`.
     """
     mask = torch.ones(1 + columns * rows, side * side, dtype=torch.bool)
     if not columns:
         return mask
-    width, height = picture_size
+    width, height = image_size
     canvas_width, canvas_height = columns * side, rows * side
     canvas = torch.zeros(canvas_height, canvas_width, dtype=torch.bool)
     if width / height > canvas_width / canvas_height:

@@ -1,7 +1,7 @@
 """Phi-3 decoder over a static key/value cache, with the additional tokens beside its vocabulary.
 
 Plain PyTorch, the readable truth and the CPU path. Parameter names are those of the released
-checkpoints (`vlm.lang_model.*`). Knows nothing of pictures or text: embeddings in, logits out.
+checkpoints (`vlm.lang_model.*`). Knows nothing of images or text: embeddings in, logits out.
 """
 
 import math

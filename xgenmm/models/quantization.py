@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from xgenmm.errors import InputError
 
 # The largest number of each type: what a feature's largest weight becomes.
-KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+QUANTIZATIONS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 _LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _PACKED_ROWS = 16  # a CPU's int8 product is made for few rows, its bfloat16 product for many
@@ -49,10 +49,10 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
 
 
-def check_kind(kind: str, device: torch.device) -> None:
+def check_quantization(kind: str, device: torch.device) -> None:
     """Raise InputError for what is no kind of quantisation, or one that `device` cannot do."""
-    if kind not in KINDS:
-        raise InputError("quantize", f"{kind!r} is not one of {', '.join(KINDS)}")
+    if kind not in QUANTIZATIONS:
+        raise InputError("quantize", f"{kind!r} is not one of {', '.join(QUANTIZATIONS)}")
     if kind == "fp8" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 9):
@@ -60,9 +60,9 @@ def check_kind(kind: str, device: torch.device) -> None:
             raise InputError("quantize", f"fp8 needs an H100, L40S or newer; use int8 on {name}")
 
 
-def quantized(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Float weights [features, width] -> the same in `kind` and the scales, float32 [features]."""
-    dtype, largest = KINDS[kind]
+    dtype, largest = QUANTIZATIONS[kind]
     wide = weight.float()
     scale = wide.abs().amax(dim=1).clamp(min=1e-12) / largest
     scaled = wide / scale[:, None]
@@ -74,11 +74,11 @@ def stored(name: str, values: torch.Tensor, kind: str | None) -> dict[str, torch
     layer, _, last = name.rpartition(".")
     if kind is None or last != "weight" or layer.split(".")[-1] not in _LAYERS:
         return {name: values}
-    weight, scale = quantized(values, kind)
+    weight, scale = quantize_weight(values, kind)
     return {name: weight, f"{layer}.scale": scale}
 
 
-def prepare(decoder: nn.Module, kind: str) -> None:
+def quantize_linear_layers(decoder: nn.Module, kind: str) -> None:
     """Put a `QuantizedLinear` in the place of each linear layer, with its weights quantised.
 
     On the meta device that is the empty shell for the state dict that `stored` makes.
@@ -87,7 +87,9 @@ def prepare(decoder: nn.Module, kind: str) -> None:
         for name in _LAYERS:
             layer = cast(nn.Linear | QuantizedLinear | None, getattr(module, name, None))
             if isinstance(layer, nn.Linear):
-                setattr(module, name, QuantizedLinear(*quantized(layer.weight.detach(), kind)))
+                setattr(
+                    module, name, QuantizedLinear(*quantize_weight(layer.weight.detach(), kind))
+                )
 
 
 @dataclass(frozen=True)

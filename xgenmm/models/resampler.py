@@ -12,13 +12,13 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from xgenmm.config import SamplerConfig
+from xgenmm.config import ResamplerConfig
 
 
 class PerceiverAttention(nn.Module):
     """Latents attend to the features and to themselves."""
 
-    def __init__(self, width: int, config: SamplerConfig) -> None:
+    def __init__(self, width: int, config: ResamplerConfig) -> None:
         super().__init__()
         inner = config.num_heads * config.head_dim
         self.heads = config.num_heads
@@ -55,7 +55,7 @@ def _feed_forward(width: int) -> nn.Sequential:
 class PerceiverResampler(nn.Module):
     """`num_latents` vision tokens for each tile, projected to the decoder's width."""
 
-    def __init__(self, config: SamplerConfig, width: int, decoder_width: int) -> None:
+    def __init__(self, config: ResamplerConfig, width: int, decoder_width: int) -> None:
         super().__init__()
         self.config = config
         self.latents = nn.Parameter(torch.randn(config.num_latents, width))

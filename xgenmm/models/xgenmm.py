@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from xgenmm.config import XGenMMConfig
-from xgenmm.models.image_features import normalise, padding_mask, regroup
+from xgenmm.models.image_features import normalize, padding_mask, regroup
 from xgenmm.models.phi3 import KVCache, Phi3Decoder
 from xgenmm.models.resampler import PerceiverResampler
 from xgenmm.models.vision import build_tower
 from xgenmm.preprocessing.prompts import Prompt
-from xgenmm.preprocessing.tiling import Tiles
+from xgenmm.preprocessing.tiling import TiledImage
 
 
 def padded(length: int) -> int:
@@ -34,7 +34,7 @@ class _VLM(nn.Module):
         super().__init__()
         self.vision_encoder = build_tower(config.vision)
         self.vision_tokenizer = PerceiverResampler(
-            config.sampler, config.vision.hidden_size, config.decoder.hidden_size
+            config.resampler, config.vision.hidden_size, config.decoder.hidden_size
         )
         self.lang_model = Phi3Decoder(config.decoder)
 
@@ -74,10 +74,10 @@ class XGenMM(nn.Module):
         Rows may differ in length; each gets what it would get alone. Returns float32
         [rows, initial_vocab + additional].
         """
-        return self.extend(prompts, [0] * len(prompts), None, cache)
+        return self.prefill_chunk(prompts, [0] * len(prompts), None, cache)
 
     @torch.inference_mode()
-    def extend(
+    def prefill_chunk(
         self,
         parts: Sequence[torch.Tensor],
         starts: Sequence[int],
@@ -114,7 +114,7 @@ class XGenMM(nn.Module):
         return self.logits(hidden[torch.arange(len(parts), device=device), last])
 
     @torch.inference_mode()
-    def branches(
+    def score_continuations(
         self, texts: Sequence[Sequence[int]], start: int, row: int, cache: KVCache
     ) -> list[torch.Tensor]:
         """Logits along several continuations of one row in one pass; none sees another.
@@ -173,56 +173,60 @@ class XGenMM(nn.Module):
         )
         return self.logits(hidden[:, 0])
 
-    def features(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
-        """Encoder features of each picture, [tiles, patches, width], regrouped for the sampler.
+    def features(self, images: Sequence[TiledImage]) -> list[torch.Tensor]:
+        """Encoder features of each image, [tiles, patches, width], regrouped for the sampler.
 
-        All tiles of all pictures go through the tower as one batch.
+        All tiles of all images go through the tower as one batch.
         """
-        if not pictures:
+        if not images:
             return []
-        pixels = torch.from_numpy(np.concatenate([picture.pixels for picture in pictures]))
-        tiles = normalise(pixels.to(self.device), self.config.tiling, self.dtype)
+        pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
+        tiles = normalize(pixels.to(self.device), self.config.tiling, self.dtype)
         features: torch.Tensor = self.vlm.vision_encoder(tiles)
-        parts = features.split([picture.pixels.shape[0] for picture in pictures])
+        parts = features.split([image.pixels.shape[0] for image in images])
         return [
-            regroup(part, picture.columns, picture.rows)
-            for part, picture in zip(parts, pictures, strict=True)
+            regroup(part, image.columns, image.rows)
+            for part, image in zip(parts, images, strict=True)
         ]
 
     def vision_tokens(
         self,
-        pictures: Sequence[Tiles],
+        images: Sequence[TiledImage],
         features: Sequence[torch.Tensor],
         prompt: Prompt | None = None,
     ) -> list[torch.Tensor]:
-        """Vision tokens of each picture, [tiles * num_latents, decoder width].
+        """Vision tokens of each image, [tiles * num_latents, decoder width].
 
         prompt: what the instruction-aware sampler reads; the plain one never looks at it.
         """
-        if not pictures:
+        if not images:
             return []
         side = self.config.vision.grid
-        masks = [padding_mask(one.columns, one.rows, one.picture_size, side) for one in pictures]
+        masks = [padding_mask(one.columns, one.rows, one.image_size, side) for one in images]
         mask = torch.cat(masks).to(self.device)
         text = None
-        if prompt is not None and self.config.sampler.text_tokens:
+        if prompt is not None and self.config.resampler.text_tokens:
             text = self.embed_ids(prompt.ids)
         tokens: torch.Tensor = self.vlm.vision_tokenizer(torch.cat(list(features)), mask, text)
         parts = tokens.split([part.shape[0] for part in features])
         return [part.flatten(0, 1) for part in parts]
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Tiles], prompt: Prompt | None = None) -> list[torch.Tensor]:
-        """Pictures -> vision tokens: `features`, then `vision_tokens`."""
-        return self.vision_tokens(pictures, self.features(pictures), prompt)
+    def encode(
+        self, images: Sequence[TiledImage], prompt: Prompt | None = None
+    ) -> list[torch.Tensor]:
+        """Images -> vision tokens: `features`, then `vision_tokens`."""
+        return self.vision_tokens(images, self.features(images), prompt)
 
     def embed_ids(self, ids: Sequence[int]) -> torch.Tensor:
         """Token ids -> [length, decoder width]."""
         return self.decoder.embed(torch.tensor(ids, dtype=torch.long, device=self.device))
 
     @torch.inference_mode()
-    def fuse(self, prompt: Prompt, vision_tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The prompt's embeddings, each picture's run replaced by its vision tokens.
+    def merge_multimodal_embeddings(
+        self, prompt: Prompt, vision_tokens: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The prompt's embeddings, each image's run replaced by its vision tokens.
 
         Returns [positions, decoder width].
         """

@@ -1,7 +1,7 @@
-"""A file or its bytes in, one upright RGB picture out, or an `InputError` that says what is wrong.
+"""A file or its bytes in, one upright RGB image out, or an `InputError` that says what is wrong.
 
 Everything a user may send is settled here, so that the rest of the library sees a single kind of
-picture: 8-bit RGB, turned as the camera was held, at most `MAX_PIXELS`. Files come from strangers:
+image: 8-bit RGB, turned as the camera was held, at most `MAX_PIXELS`. Files come from strangers:
 the size is checked on the header, before anything is decoded, and only the formats of `FORMATS`
 are tried (Pillow would hand some others to outside programs).
 """
@@ -36,35 +36,35 @@ _TURN_UPRIGHT = {
 """What undoes each value of the EXIF orientation (EXIF 2.32, tag 274); 1 is upright."""
 
 
-def read_picture(
+def read_image(
     source: bytes | str | os.PathLike[str] | BinaryIO, name: str = "image"
 ) -> Image.Image:
-    """Read a picture; `name` is the input that errors speak of.
+    """Read an image; `name` is the input that errors speak of.
 
-    source: an encoded picture's bytes, the path of a file, or a file opened for reading bytes.
+    source: an encoded image's bytes, the path of a file, or a file opened for reading bytes.
 
     Of an animation the first frame counts. Transparency is laid on white, as a viewer shows it:
     dropping it, as the original does, uncovers whatever colour the file holds underneath, often
     black, so that black writing on a transparent ground would vanish. Grey levels of 16 bits are
     scaled to 8 rather than clipped. Colour profiles are not applied.
 
-    Raises `InputError` for a file that is missing, empty, no picture, damaged, or of more than
+    Raises `InputError` for a file that is missing, empty, no image, damaged, or of more than
     `MAX_PIXELS`.
     """
     with _opened(source, name) as file:
-        picture = _header(file, name)
-        _check_size(picture, name)
+        image = _header(file, name)
+        _check_size(image, name)
         try:
-            picture.load()
+            image.load()
         except Exception as error:  # damaged files raise nearly anything in Pillow's decoders
             raise InputError(
-                name, f"the {picture.format} file is damaged or cut short ({error}); send it again"
+                name, f"the {image.format} file is damaged or cut short ({error}); send it again"
             ) from error
-        orientation = _orientation(picture)
-        rgb = _rgb(picture)
+        orientation = _orientation(image)
+        rgb = _rgb(image)
     if orientation in _TURN_UPRIGHT:
         rgb = rgb.transpose(_TURN_UPRIGHT[orientation])
-    rgb.info.clear()  # a kept orientation would turn the picture a second time
+    rgb.info.clear()  # a kept orientation would turn the image a second time
     return rgb
 
 
@@ -79,7 +79,7 @@ def _opened(
         except OSError as error:
             reason = error.strerror or error
             raise InputError(
-                name, f"cannot open {os.fspath(source)!r} ({reason}); give the path of a picture"
+                name, f"cannot open {os.fspath(source)!r} ({reason}); give the path of an image"
             ) from error
     if source.seekable():
         return nullcontext(source)
@@ -87,9 +87,9 @@ def _opened(
 
 
 def _header(file: BinaryIO, name: str) -> Image.Image:
-    """The picture with its size known and its pixels not yet decoded."""
+    """The image with its size known and its pixels not yet decoded."""
     if file.seek(0, io.SEEK_END) == 0:
-        raise InputError(name, f"the file is empty; send a {_KNOWN} picture")
+        raise InputError(name, f"the file is empty; send a {_KNOWN} image")
     file.seek(0)
     try:
         return Image.open(file, formats=FORMATS)
@@ -97,7 +97,7 @@ def _header(file: BinaryIO, name: str) -> Image.Image:
         raise _too_large(name, "far more pixels") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            name, f"the file is no picture or is damaged; send a {_KNOWN} picture"
+            name, f"the file is no image or is damaged; send a {_KNOWN} image"
         ) from error
     except Exception as error:  # as in read_picture
         raise InputError(
@@ -105,8 +105,8 @@ def _header(file: BinaryIO, name: str) -> Image.Image:
         ) from error
 
 
-def _check_size(picture: Image.Image, name: str) -> None:
-    width, height = picture.size
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width} x {height} pixels, more")
 
@@ -114,38 +114,38 @@ def _check_size(picture: Image.Image, name: str) -> None:
 def _too_large(name: str, size: str) -> InputError:
     limit = MAX_PIXELS // 1_000_000
     return InputError(
-        name, f"the picture has {size} than the {limit} megapixels allowed; make it smaller"
+        name, f"the image has {size} than the {limit} megapixels allowed; make it smaller"
     )
 
 
-def _orientation(picture: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int | None:
     try:
-        value = picture.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a picture with broken EXIF data is still a picture
+        value = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # an image with broken EXIF data is still an image
         return None
     return value if isinstance(value, int) else None
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB, a new picture."""
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return _eight_bit(picture).convert("RGB")
-    if picture.has_transparency_data:
-        overlay = picture.convert("RGBA")
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, a new image."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _eight_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        overlay = image.convert("RGBA")
         white = Image.new("RGBA", overlay.size, "white")
         return Image.alpha_composite(white, overlay).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
+def _eight_bit(image: Image.Image) -> Image.Image:
     """Greyscale of 16 bits, 32 bits or floats -> 8 bits ("L").
 
     White is 65535 for integers and 1 for floats. Values outside have no white that the file would
     tell: they are stretched from their smallest to their greatest. What is no number is black.
     """
-    levels = np.array(picture, dtype=np.float64)
+    levels = np.array(image, dtype=np.float64)
     np.nan_to_num(levels, copy=False, nan=0, posinf=0, neginf=0)
-    black, white = 0.0, 1.0 if picture.mode == "F" else 65535.0
+    black, white = 0.0, 1.0 if image.mode == "F" else 65535.0
     if levels.min() < black or levels.max() > white:
         black, white = levels.min(), levels.max()
     levels -= black

@@ -1,10 +1,10 @@
-"""Turns and examples -> a `Prompt`: token ids, and where in them each picture goes.
+"""Turns and examples -> a `Prompt`: token ids, and where in them each image goes.
 
 Two styles, as the models were trained: a chat for the instruct models, few-shot examples for the
 base models. The template's own marks are the only special tokens of a prompt. Whatever a person
 wrote - the question, the system prompt, earlier turns - is text, also where it spells a special
 token, so nobody can forge a turn. The one exception is `<image>` in a question or an earlier user
-message, which places a picture.
+message, which places an image.
 
 Pure: knows ids and counts, nothing of pixels or models.
 """
@@ -15,17 +15,17 @@ from typing import Any, Literal, get_args
 
 from xgenmm.config import XGenMMConfig
 from xgenmm.errors import InputError
-from xgenmm.preprocessing.tokenizer import Control, Piece, Tokens
+from xgenmm.preprocessing.tokenizer import Segment, SpecialToken, Tokenizer
 
 Role = Literal["user", "assistant"]
 
-IMAGE = Control("<image>")
-IMAGE_PLACEHOLDER = Control("<image placeholder>")
-END_OF_CHUNK = Control("<|endofchunk|>")
-SYSTEM = Control("<|system|>")
-USER = Control("<|user|>")
-ASSISTANT = Control("<|assistant|>")
-END = Control("<|end|>")
+IMAGE = SpecialToken("<image>")
+IMAGE_PLACEHOLDER = SpecialToken("<image placeholder>")
+END_OF_CHUNK = SpecialToken("<|endofchunk|>")
+SYSTEM = SpecialToken("<|system|>")
+USER = SpecialToken("<|user|>")
+ASSISTANT = SpecialToken("<|assistant|>")
+END = SpecialToken("<|end|>")
 
 DEFAULT_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -43,9 +43,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids` with, for each picture, the run of them that its vision tokens replace.
+    """`ids` with, for each image, the run of them that its vision tokens replace.
 
-    `spans` holds (start, length) of each run, in the order of the pictures. The length is 1 in a
+    `spans` holds (start, length) of each run, in the order of the images. The length is 1 in a
     chat and the number of latents in a few-shot prompt.
     """
 
@@ -75,11 +75,11 @@ def parse_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
 
 
 def request_prompt(
-    tokens: Tokens,
+    tokens: Tokenizer,
     config: XGenMMConfig,
     question: str,
     *,
-    pictures: int,
+    images: int,
     system_prompt: str | None = None,
     messages: Sequence[Message] = (),
 ) -> Prompt:
@@ -88,20 +88,20 @@ def request_prompt(
     Few-shot prompts have no system prompt. Raises InputError as those do.
     """
     if config.text.prompt == "few_shot":
-        latents = config.sampler.num_latents
+        latents = config.resampler.num_latents
         return few_shot_prompt(
-            tokens, question, pictures=pictures, num_latents=latents, messages=messages
+            tokens, question, images=images, num_latents=latents, messages=messages
         )
     return chat_prompt(
-        tokens, question, pictures=pictures, system_prompt=system_prompt, messages=messages
+        tokens, question, images=images, system_prompt=system_prompt, messages=messages
     )
 
 
 def chat_prompt(
-    tokens: Tokens,
+    tokens: Tokenizer,
     question: str,
     *,
-    pictures: int,
+    images: int,
     system_prompt: str | None = None,
     messages: Sequence[Message] = (),
 ) -> Prompt:
@@ -109,9 +109,9 @@ def chat_prompt(
 
     `system_prompt` None is `DEFAULT_SYSTEM_PROMPT`, "" leaves the system turn out. `messages` are
     the earlier turns: user, assistant, user, assistant, ... `<image>` in the question and in user
-    messages places the pictures, in order; without any, all go first in the first user turn, each
+    messages places the images, in order; without any, all go first in the first user turn, each
     on a line of its own. Raises InputError for turns in the wrong order, text that is not valid
-    Unicode, and a number of pictures that is not the number of `<image>`.
+    Unicode, and a number of images that is not the number of `<image>`.
     """
     system = DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt
     _check_turns(messages)
@@ -121,29 +121,29 @@ def chat_prompt(
     users = [m.content for m in messages if m.role == "user"] + [question]
     answers = [m.content for m in messages if m.role == "assistant"]
     if not any(IMAGE in user for user in users):
-        users[0] = f"{IMAGE}\n" * pictures + users[0]
-    _check_count(users, pictures)
+        users[0] = f"{IMAGE}\n" * images + users[0]
+    _check_count(users, images)
 
-    pieces: list[Piece] = [SYSTEM, "\n", system, END, "\n"] if system else []
+    pieces: list[Segment] = [SYSTEM, "\n", system, END, "\n"] if system else []
     for i, user in enumerate(users):
-        pieces += [USER, "\n", *_with_pictures(user, [IMAGE]), END, "\n", ASSISTANT, "\n"]
+        pieces += [USER, "\n", *_with_images(user, [IMAGE]), END, "\n", ASSISTANT, "\n"]
         if i < len(answers):
             pieces += [answers[i], END, "\n"]
     return _prompt(tokens, pieces, run=1)
 
 
 def few_shot_prompt(
-    tokens: Tokens,
+    tokens: Tokenizer,
     question: str,
     *,
-    pictures: int,
+    images: int,
     num_latents: int,
     messages: Sequence[Message] = (),
 ) -> Prompt:
     """The prompt of a base model: examples, then the question, for it to continue.
 
     `messages` are the examples, a user message and the assistant's answer each. `<image>` in the
-    question and in user messages places the pictures, in order. Without any, there is one for each
+    question and in user messages places the images, in order. Without any, there is one for each
     example and one for the question, or without examples all go in front of the question. Raises
     InputError as `chat_prompt` does.
     """
@@ -152,37 +152,37 @@ def few_shot_prompt(
 
     users = [m.content for m in messages if m.role == "user"] + [question]
     answers = [m.content for m in messages if m.role == "assistant"]
-    if pictures and not any(IMAGE in user for user in users):
+    if images and not any(IMAGE in user for user in users):
         if not answers:
-            users = [IMAGE * pictures + question]
-        elif pictures == len(users):
+            users = [IMAGE * images + question]
+        elif images == len(users):
             users = [IMAGE + user for user in users]
         else:
             raise InputError(
                 "images",
-                f"{pictures} given, {len(users)} needed: one for each of the {len(answers)} "
+                f"{images} given, {len(users)} needed: one for each of the {len(answers)} "
                 f"examples and one for the question, or place them with {IMAGE}",
             )
-    _check_count(users, pictures)
+    _check_count(users, images)
 
     run = [IMAGE] + [IMAGE_PLACEHOLDER] * (num_latents - 1)
-    pieces: list[Piece] = []
+    pieces: list[Segment] = []
     for user, answer in zip(users, answers, strict=False):
-        pieces += [*_with_pictures(user, run), answer, END_OF_CHUNK]
-    pieces += _with_pictures(users[-1], run)
+        pieces += [*_with_images(user, run), answer, END_OF_CHUNK]
+    pieces += _with_images(users[-1], run)
     return _prompt(tokens, pieces, run=num_latents)
 
 
-def _prompt(tokens: Tokens, pieces: Sequence[Piece], run: int) -> Prompt:
-    ids = tuple(tokens.encode_pieces(pieces))
+def _prompt(tokens: Tokenizer, pieces: Sequence[Segment], run: int) -> Prompt:
+    ids = tuple(tokens.encode_segments(pieces))
     image = tokens.id(IMAGE)
     return Prompt(ids, tuple((start, run) for start, id in enumerate(ids) if id == image))
 
 
-def _with_pictures(text: str, run: Sequence[Piece]) -> list[Piece]:
+def _with_images(text: str, run: Sequence[Segment]) -> list[Segment]:
     """The text in pieces, each `<image>` in it replaced by `run`."""
     first, *rest = text.split(IMAGE)
-    pieces: list[Piece] = [first]
+    pieces: list[Segment] = [first]
     for part in rest:
         pieces += [*run, part]
     return pieces
@@ -224,9 +224,9 @@ def _check_text(name: str, text: str) -> None:
         ) from error
 
 
-def _check_count(users: Sequence[str], pictures: int) -> None:
+def _check_count(users: Sequence[str], images: int) -> None:
     places = sum(user.count(IMAGE) for user in users)
-    if places != pictures:
+    if places != images:
         raise InputError(
-            "images", f"{pictures} given, but {places} {IMAGE} in the question and user messages"
+            "images", f"{images} given, but {places} {IMAGE} in the question and user messages"
         )

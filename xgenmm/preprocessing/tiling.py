@@ -1,6 +1,6 @@
-"""A picture cut into tiles.
+"""An image cut into tiles.
 
-Pure functions of a picture and a `TilingConfig`; knows nothing of models, and does without PyTorch
+Pure functions of an image and a `TilingConfig`; knows nothing of models, and does without PyTorch
 in processes that only read. Sizes are (width, height), grids of tiles are (columns, rows). Follows
 the original `Blip3ImageProcessor` (any-resolution code descends from LLaVA-NeXT's `mm_utils.py`).
 """
@@ -17,18 +17,18 @@ from xgenmm.config import Size, TilingConfig
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """One picture as the tower wants it.
+class TiledImage:
+    """One image as the tower wants it.
 
-    pixels: uint8 [tiles, tile, tile, 3]; the whole picture first, then the canvas row by row.
-    columns, rows: the canvas in tiles; 0 x 0 if there is only the whole picture.
-    picture_size: (width, height) of the picture, from which the padding mask follows.
+    pixels: uint8 [tiles, tile, tile, 3]; the whole image first, then the canvas row by row.
+    columns, rows: the canvas in tiles; 0 x 0 if there is only the whole image.
+    image_size: (width, height) of the image, from which the padding mask follows.
     """
 
     pixels: NDArray[np.uint8]
     columns: int
     rows: int
-    picture_size: Size
+    image_size: Size
 
     @property
     def nbytes(self) -> int:
@@ -36,24 +36,24 @@ class Tiles:
         return self.pixels.nbytes
 
 
-def tile_picture(picture: Image.Image, config: TilingConfig, tile: int) -> Tiles:
-    """Cut an RGB `picture` into tiles of `tile` pixels a side."""
-    whole = _to_square(picture, config, tile)
+def tile_image(image: Image.Image, config: TilingConfig, tile: int) -> TiledImage:
+    """Cut an RGB `image` into tiles of `tile` pixels a side."""
+    whole = _to_square(image, config, tile)
     if config.mode != "anyres":
-        return Tiles(_stack([whole]), 0, 0, picture.size)
-    canvas_size = best_canvas(picture.size, config.grids)
-    canvas = fit_canvas(picture, canvas_size)
+        return TiledImage(_stack([whole]), 0, 0, image.size)
+    canvas_size = select_best_resolution(image.size, config.grids)
+    canvas = resize_and_pad(image, canvas_size)
     columns, rows = canvas_size[0] // tile, canvas_size[1] // tile
     cells = [
         canvas.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile))
         for y in range(rows)
         for x in range(columns)
     ]
-    return Tiles(_stack([whole, *cells]), columns, rows, picture.size)
+    return TiledImage(_stack([whole, *cells]), columns, rows, image.size)
 
 
-def best_canvas(size: Size, grids: Sequence[Size]) -> Size:
-    """The canvas that keeps most of the picture's pixels; then the least waste, in list order."""
+def select_best_resolution(size: Size, grids: Sequence[Size]) -> Size:
+    """The canvas that keeps most of the image's pixels; then the least waste, in list order."""
     width, height = size
 
     def merit(canvas: Size) -> tuple[int, int]:
@@ -64,9 +64,9 @@ def best_canvas(size: Size, grids: Sequence[Size]) -> Size:
     return max(grids, key=merit)  # max keeps the first of equals
 
 
-def fit_canvas(picture: Image.Image, canvas_size: Size) -> Image.Image:
-    """The picture resized into the canvas with its aspect kept, centred on black."""
-    (width, height), (canvas_width, canvas_height) = picture.size, canvas_size
+def resize_and_pad(image: Image.Image, canvas_size: Size) -> Image.Image:
+    """The image resized into the canvas with its aspect kept, centred on black."""
+    (width, height), (canvas_width, canvas_height) = image.size, canvas_size
     scale_x, scale_y = canvas_width / width, canvas_height / height
     if scale_x < scale_y:
         fitted = (canvas_width, min(math.ceil(height * scale_x), canvas_height))
@@ -74,19 +74,19 @@ def fit_canvas(picture: Image.Image, canvas_size: Size) -> Image.Image:
         fitted = (min(math.ceil(width * scale_y), canvas_width), canvas_height)
     canvas = Image.new("RGB", canvas_size)
     corner = ((canvas_width - fitted[0]) // 2, (canvas_height - fitted[1]) // 2)
-    canvas.paste(picture.resize(fitted), corner)
+    canvas.paste(image.resize(fitted), corner)
     return canvas
 
 
-def _to_square(picture: Image.Image, config: TilingConfig, tile: int) -> Image.Image:
-    if config.mode == "pad" and picture.width != picture.height:
-        side = max(picture.size)
+def _to_square(image: Image.Image, config: TilingConfig, tile: int) -> Image.Image:
+    if config.mode == "pad" and image.width != image.height:
+        side = max(image.size)
         mean = tuple(int(255 * value) for value in config.mean)
         square = Image.new("RGB", (side, side), mean)
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = square
-    return picture.resize((tile, tile), Image.Resampling.BICUBIC)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    return image.resize((tile, tile), Image.Resampling.BICUBIC)
 
 
-def _stack(pictures: Sequence[Image.Image]) -> NDArray[np.uint8]:
-    return np.stack([np.asarray(picture) for picture in pictures])
+def _stack(images: Sequence[Image.Image]) -> NDArray[np.uint8]:
+    return np.stack([np.asarray(image) for image in images])

@@ -40,17 +40,17 @@ _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token")
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
-class Control(str):
+class SpecialToken(str):
     """A special token in a list of pieces, e.g. `Control("<|end|>")`; a plain `str` is text."""
 
     __slots__ = ()
 
 
-Piece = str | Control
+Segment = str | SpecialToken
 
 
 @dataclass(frozen=True)
-class SpecialToken:
+class AddedToken:
     """An added token: found before the text is split into pieces, and never split itself."""
 
     text: str
@@ -61,7 +61,7 @@ class SpecialToken:
     role: bool = False  # unk, bos, eos, pad or extra: the slow convention does not decode it
 
 
-class Tokens:
+class Tokenizer:
     """A checkpoint's tokenizer. Not changed once built, so threads may share it.
 
     `specials` maps every special token, the `extra` ones included, to its id, `pieces` every id to
@@ -73,7 +73,7 @@ class Tokens:
         convention: Convention,
         encode_text: Callable[[str], list[int]],
         vocabulary: Mapping[int, str],
-        specials: Sequence[SpecialToken],
+        specials: Sequence[AddedToken],
     ) -> None:
         """`encode_text` gives the ids of text without specials, `vocabulary` an id's piece."""
         self.convention = convention
@@ -102,7 +102,7 @@ class Tokens:
     @classmethod
     def from_folder(
         cls, folder: Path, convention: Convention, extra: Mapping[str, int]
-    ) -> "Tokens":
+    ) -> "Tokenizer":
         """Read a checkpoint's tokenizer files.
 
         `extra` are the special tokens that live beside the language model's vocabulary, with their
@@ -126,7 +126,7 @@ class Tokens:
     def text_bytes(self, token: int) -> bytes:
         """What a token adds to a running text, as UTF-8; nothing for a special token.
 
-        `TextStream` drops one leading space when the text begins with it.
+        `Detokenizer` drops one leading space when the text begins with it.
         """
         if token in self.specials.values():
             return b""
@@ -145,26 +145,26 @@ class Tokens:
     def encode(self, text: str) -> list[int]:
         """Ids of a text in which every special token is recognised, whoever wrote it.
 
-        For trusted text only: a prompt with a user's words in it goes through `encode_pieces`.
+        For trusted text only: a prompt with a user's words in it goes through `encode_segments`.
         """
-        return self.encode_pieces(list(self._cut(text)))
+        return self.encode_segments(list(self._cut(text)))
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
-        """Ids of a text given in pieces, of which only the `Control` ones are special tokens.
+    def encode_segments(self, pieces: Sequence[Segment]) -> list[int]:
+        """Ids of a text given in pieces, of which only the `SpecialToken` ones are special tokens.
 
         Neighbouring plain strings are one text: how it is cut makes no difference. Raises KeyError
-        for a `Control` that is no special token of this tokenizer.
+        for a `SpecialToken` that is no special token of this tokenizer.
         """
         segments = self._segments(pieces)
         if self.convention == "slow" and segments:
             # The one prefix belongs to the text as a whole, even when a special token opens it.
-            if not isinstance(segments[0], Control):
+            if not isinstance(segments[0], SpecialToken):
                 segments[0] = _SPACE + segments[0]
             elif not self._special_tokens[segments[0]].role:
                 segments.insert(0, _SPACE)
         ids: list[int] = []
         for segment in segments:
-            if isinstance(segment, Control):
+            if isinstance(segment, SpecialToken):
                 ids.append(self.specials[segment])
             else:
                 ids += self._encode_text(segment)
@@ -181,34 +181,38 @@ class Tokens:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self) -> "TextStream":
+    def stream(self) -> "Detokenizer":
         """A new stream that turns ids into text one at a time."""
-        return TextStream(self)
+        return Detokenizer(self)
 
-    def _cut(self, text: str) -> Iterator[Piece]:
+    def _cut(self, text: str) -> Iterator[Segment]:
         end = 0
         for match in self._any_special.finditer(text):
             yield text[end : match.start()]
-            yield Control(match[0])
+            yield SpecialToken(match[0])
             end = match.end()
         yield text[end:]
 
-    def _segments(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def _segments(self, pieces: Sequence[Segment]) -> list[Segment]:
         """One text between any two special tokens, without the white space that they swallow."""
-        segments: list[Piece] = []
-        for is_control, group in groupby(pieces, key=lambda piece: isinstance(piece, Control)):
+        segments: list[Segment] = []
+        for is_control, group in groupby(pieces, key=lambda piece: isinstance(piece, SpecialToken)):
             if is_control:
                 segments += group
             else:
                 segments.append(self._typed("".join(group)))
         for i, segment in enumerate(segments):
-            if not isinstance(segment, Control):
+            if not isinstance(segment, SpecialToken):
                 continue
             self.id(segment)  # refuses an unknown token
             token = self._special_tokens[segment]
-            if token.rstrip and i + 1 < len(segments) and not isinstance(segments[i + 1], Control):
+            if (
+                token.rstrip
+                and i + 1 < len(segments)
+                and not isinstance(segments[i + 1], SpecialToken)
+            ):
                 segments[i + 1] = segments[i + 1].lstrip()
-            if token.lstrip and i > 0 and not isinstance(segments[i - 1], Control):
+            if token.lstrip and i > 0 and not isinstance(segments[i - 1], SpecialToken):
                 segments[i - 1] = segments[i - 1].rstrip()
         return [segment for segment in segments if segment]
 
@@ -217,14 +221,14 @@ class Tokens:
         return text.replace(_SPACE, " ") if self.convention == "slow" else text
 
 
-class TextStream:
+class Detokenizer:
     """Ids in, text out, as soon as it is certain and in whole characters only.
 
-    All pushes and the final flush together equal `Tokens.decode` of all ids: nothing that was
+    All pushes and the final flush together equal `Tokenizer.decode` of all ids: nothing that was
     given out is ever taken back. Only the bytes of one unfinished character wait inside.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokenizer) -> None:
         self._texts, self._bytes, self._apart = tokens._texts, tokens._bytes, tokens._apart
         self._unfinished = b""
         self._opens = True  # the next text opens a stretch: its leading space is the prefix
@@ -317,7 +321,7 @@ def _read_tokenizer_json(
 
 def _read_specials(
     folder: Path, vocabulary: Mapping[int, str], extra: Mapping[str, int]
-) -> list[SpecialToken]:
+) -> list[AddedToken]:
     """Every special token that the folder's files name, and the `extra` ones, in order of id."""
     entries = _read_added_tokens(folder)
     named = _read_json(folder / "special_tokens_map.json")
@@ -332,7 +336,7 @@ def _read_specials(
             raise ValueError(f"{folder}: id {number} is {held!r}, so it cannot be {text!r}")
 
     specials = [
-        SpecialToken(
+        AddedToken(
             text=entry["content"],
             id=number,
             lstrip=entry.get("lstrip", False),

@@ -4,7 +4,7 @@ vLLM finds `register` through the entry point `vllm.general_plugins` and calls i
 processes. From then on `--model FOLDER` works for every checkpoint with v1.5's sampler:
 
     configuration.py  config.json -> a configuration as vLLM reads it; defaults; what is refused
-    processor.py      pictures -> tiles, and how many positions they take in the prompt
+    processor.py      images -> tiles, and how many positions they take in the prompt
     text.py           messages -> ids, and ids -> text, by the package's own convention
     model.py          vLLM's SigLIP and Phi-3 around the package's sampler
 

@@ -5,11 +5,12 @@ The released file states few sizes; `xgenmm.config` fills the rest. Knows nothin
 
 from typing import Any
 
-from transformers import Phi3Config, PretrainedConfig
+from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from xgenmm.config import DecoderConfig, from_json
+from xgenmm.config import from_json
+from xgenmm.models.phi3_huggingface import phi3_config
 from xgenmm.models.vision import siglip_config
 from xgenmm.vllm_plugin import ARCHITECTURE, MODE
 
@@ -32,7 +33,10 @@ class XGenMMConfig(PretrainedConfig):
                 "model: vLLM serves xGen-MM v1.5 and demo, but this is v1, whose tower and sampler "
                 "it does not have; use a v1.5 checkpoint, or xgenmm.load for this one"
             )
-        stated["text_config"] = _phi3(config.decoder)
+        decoder = config.decoder
+        # Ids of the additional tokens follow the first `initial_vocab` without a gap.
+        vocab_size = decoder.initial_vocab + decoder.additional_tokens
+        stated["text_config"] = phi3_config(decoder, vocab_size)
         stated["vision_config"] = siglip_config(config.vision)
         super().__init__(**stated)
 
@@ -61,28 +65,3 @@ class Defaults(VerifyAndUpdateConfig):
         heads = model_config.hf_config.vision_config.num_attention_heads
         if heads % vllm_config.parallel_config.tensor_parallel_size:
             model_config.multimodal_config.mm_encoder_tp_mode = "data"
-
-
-def _phi3(config: DecoderConfig) -> PretrainedConfig:
-    return Phi3Config.from_dict(
-        {
-            "architectures": ["Phi3ForCausalLM"],
-            # Ids of the additional tokens follow the first `initial_vocab` without a gap.
-            "vocab_size": config.initial_vocab + config.additional_tokens,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "max_position_embeddings": config.max_positions,
-            "original_max_position_embeddings": config.max_positions,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            # vLLM counts the keys that a position sees, itself among them.
-            "sliding_window": config.window_keys,
-            "layer_types": ["sliding_attention"] * config.num_layers,
-            # The tokenizer knows these; the defaults lie outside of small vocabularies.
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        }
-    )

@@ -27,10 +27,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from xgenmm.checkpoints.registry import read_config
-from xgenmm.models.image_features import normalise, padding_mask, regroup
+from xgenmm.models.image_features import normalize, padding_mask, regroup
 from xgenmm.models.resampler import PerceiverResampler
 from xgenmm.preprocessing.prompts import IMAGE
-from xgenmm.vllm_plugin.processor import DummyPictures, PictureInfo, PictureProcessor, tile_counts
+from xgenmm.vllm_plugin.processor import DummyImages, ImageInfo, ImageProcessor, tile_counts
 
 _ADDITIONAL = ("additional_embedding.", "additional_fc.")
 
@@ -54,9 +54,7 @@ class Phi3WithBias(Phi3ForCausalLM):
         return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    PictureProcessor, info=PictureInfo, dummy_inputs=DummyPictures
-)
+@MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ImageInfo, dummy_inputs=DummyImages)
 class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
     """xGen-MM v1.5. The sampler is whole on each device: it is small."""
 
@@ -83,7 +81,7 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
                 prefix=maybe_prefix(prefix, "vision_encoder"),
             )
             self.vision_tokenizer = PerceiverResampler(
-                config.sampler, config.vision.hidden_size, config.decoder.hidden_size
+                config.resampler, config.vision.hidden_size, config.decoder.hidden_size
             )
         with self._mark_language_model(vllm_config):
             self.lang_model = Phi3WithBias(
@@ -94,18 +92,18 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
-        """What stands for a picture in a message."""
+        """What stands for an image in a message."""
         return IMAGE
 
     def embed_multimodal(self, **inputs: torch.Tensor) -> MultiModalEmbeddings:
-        """Tiles of several requests -> vision tokens of each picture, [tiles * latents, width].
+        """Tiles of several requests -> vision tokens of each image, [tiles * latents, width].
 
-        `inputs` are those of `PictureProcessor`, joined; none if there is no picture.
+        `inputs` are those of `ImageProcessor`, joined; none if there is no image.
         """
         if "pixels" not in inputs:
             return []
         config, pixels, layout = self.config, inputs["pixels"], inputs["layout"]
-        tiles = normalise(pixels, config.tiling, next(self.vision_tokenizer.parameters()).dtype)
+        tiles = normalize(pixels, config.tiling, next(self.vision_tokenizer.parameters()).dtype)
         if is_vit_use_data_parallel():
             features = run_dp_sharded_vision_model(tiles, self.vision_encoder)
         else:

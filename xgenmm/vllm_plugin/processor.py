@@ -1,7 +1,7 @@
-"""Pictures of a request -> tiles for the model, and their positions in the prompt.
+"""Images of a request -> tiles for the model, and their positions in the prompt.
 
 Tiling, ids and counts are the package's own; this module only says them in vLLM's terms. Knows
-nothing of text: a prompt arrives as ids, in which a run stands for each picture.
+nothing of text: a prompt arrives as ids, in which a run stands for each image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ from vllm.multimodal.processing import (
 
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.config import XGenMMConfig
-from xgenmm.preprocessing.images import read_picture
+from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import IMAGE, IMAGE_PLACEHOLDER
-from xgenmm.preprocessing.tiling import tile_picture
+from xgenmm.preprocessing.tiling import tile_image
 
 
-class PictureInfo(BaseProcessingInfo):
-    """What vLLM asks about the pictures of a model."""
+class ImageInfo(BaseProcessingInfo):
+    """What vLLM asks about the images of a model."""
 
     @cached_property
     def config(self) -> XGenMMConfig:
@@ -43,50 +43,50 @@ class PictureInfo(BaseProcessingInfo):
 
     @cached_property
     def run(self) -> list[int]:
-        """The ids that stand for one picture in a prompt."""
+        """The ids that stand for one image in a prompt."""
         ids, run = self.config.additional_ids, [IMAGE]
         if self.config.text.prompt == "few_shot":
-            run += [IMAGE_PLACEHOLDER] * (self.config.sampler.num_latents - 1)
+            run += [IMAGE_PLACEHOLDER] * (self.config.resampler.num_latents - 1)
         return [ids[token] for token in run]
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of pictures."""
+        """Any number of images."""
         return {"image": None}
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Vision tokens of the picture with the most tiles."""
+        """Vision tokens of the image with the most tiles."""
         tile, grids = self.config.vision.image_size, self.config.tiling.grids
         most = max(((w // tile) * (h // tile) for w, h in grids), default=0)
-        return {"image": self.config.sampler.num_latents * (1 + most)}
+        return {"image": self.config.resampler.num_latents * (1 + most)}
 
 
-class DummyPictures(BaseDummyInputsBuilder[PictureInfo]):
-    """The pictures with which vLLM measures memory: those with the most tiles."""
+class DummyImages(BaseDummyInputsBuilder[ImageInfo]):
+    """The images with which vLLM measures memory: those with the most tiles."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """No text: `PictureProcessor.get_dummy_inputs` gives ids."""
+        """No text: `ImageProcessor.get_dummy_inputs` gives ids."""
         return ""
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
     ) -> MultiModalDataDict:
-        """White pictures of the largest canvas."""
+        """White images of the largest canvas."""
         tile, grids = self.info.config.vision.image_size, self.info.config.tiling.grids
         size = max(grids, key=lambda canvas: canvas[0] * canvas[1], default=(tile, tile))
         return {"image": [Image.new("RGB", size, "white")] * mm_counts.get("image", 0)}
 
 
-class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
-    """Cuts pictures into tiles, and widens the run of each to its vision tokens."""
+class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):
+    """Cuts images into tiles, and widens the run of each to its vision tokens."""
 
     requires_tokenizer = False
 
     def get_dummy_inputs(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
     ) -> ProcessorInputs:
-        """A prompt of pictures and nothing else."""
+        """A prompt of images and nothing else."""
         data = self.dummy_inputs.get_dummy_mm_data(seq_len, mm_counts, mm_options)
         items = self.info.parse_mm_data(data, validate=False)
         return ProcessorInputs(self.info.run * mm_counts.get("image", 0), items)
@@ -94,20 +94,19 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        """Tiles of all pictures.
+        """Tiles of all images.
 
-        pixels: uint8 [tiles, tile, tile, 3]. layout: int64 [pictures, 4], the canvas in columns
-        and rows of tiles, and the picture's width and height.
+        pixels: uint8 [tiles, tile, tile, 3]. layout: int64 [images, 4], the canvas in columns
+        and rows of tiles, and the image's width and height.
         """
         if "image" not in mm_items:
             return BatchFeature()
         config = self.info.config
         items = mm_items.get_items("image", ImageProcessorItems)
         tiles = [
-            tile_picture(_picture(item), config.tiling, config.vision.image_size)
-            for item in items.data
+            tile_image(_image(item), config.tiling, config.vision.image_size) for item in items.data
         ]
-        layout = [(one.columns, one.rows, *one.picture_size) for one in tiles]
+        layout = [(one.columns, one.rows, *one.image_size) for one in tiles]
         pixels = torch.from_numpy(np.concatenate([one.pixels for one in tiles]))
         return BatchFeature({"pixels": pixels, "layout": torch.tensor(layout)})
 
@@ -127,7 +126,7 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         image = self.info.config.additional_ids[IMAGE]
-        latents = self.info.config.sampler.num_latents
+        latents = self.info.config.resampler.num_latents
 
         def vision_tokens(number: int) -> list[int]:
             layout = out_mm_kwargs["image"][number].get_data()["layout"]
@@ -137,14 +136,14 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
 
 
 def tile_counts(layout: torch.Tensor) -> torch.Tensor:
-    """int64 [..., 4] -> [...]: the tiles of each picture, the whole one included."""
+    """int64 [..., 4] -> [...]: the tiles of each image, the whole one included."""
     return 1 + layout[..., 0] * layout[..., 1]
 
 
-def _picture(item: object) -> Image.Image:
-    """A picture as the rest of the package sees it, from its file where vLLM has kept that."""
+def _image(item: object) -> Image.Image:
+    """An image as the rest of the package sees it, from its file where vLLM has kept that."""
     if isinstance(item, MediaWithBytes):
-        return read_picture(item.original_bytes)
+        return read_image(item.original_bytes)
     if isinstance(item, Image.Image):
         return item
-    raise ValueError(f"image: must be a picture of PIL, not {type(item).__name__}")
+    raise ValueError(f"image: must be an image of PIL, not {type(item).__name__}")

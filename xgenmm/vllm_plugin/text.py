@@ -27,7 +27,7 @@ from xgenmm.checkpoints.registry import read_config
 from xgenmm.config import TextConfig, XGenMMConfig
 from xgenmm.errors import InputError
 from xgenmm.preprocessing.prompts import IMAGE, Message, Prompt, request_prompt
-from xgenmm.preprocessing.tokenizer import Tokens
+from xgenmm.preprocessing.tokenizer import Tokenizer
 
 
 class VllmTokens(TokenizerLike):
@@ -38,7 +38,7 @@ class VllmTokens(TokenizerLike):
     # By this xgrammar, which keeps answers to a choice or a schema, knows how pieces are spelled.
     sp_model = sentencepiece.SentencePieceProcessor()
 
-    def __init__(self, tokens: Tokens, config: XGenMMConfig) -> None:
+    def __init__(self, tokens: Tokenizer, config: XGenMMConfig) -> None:
         self.tokens = tokens
         self.config = config
         self._ids = {piece: number for number, piece in tokens.pieces.items()}
@@ -49,7 +49,7 @@ class VllmTokens(TokenizerLike):
         """The tokenizer of a checkpoint folder."""
         folder = Path(path_or_repo_id)
         config = read_config(folder)
-        tokens = Tokens.from_folder(folder, config.text.convention, config.additional_ids)
+        tokens = Tokenizer.from_folder(folder, config.text.convention, config.additional_ids)
         return cls(tokens, config)
 
     @property
@@ -165,13 +165,13 @@ class PromptRenderer(BaseRenderer[VllmTokens]):
     async def render_messages_async(
         self, messages: list[ChatCompletionMessageParam], params: ChatParams
     ) -> tuple[list[ConversationMessage], DictPrompt]:
-        """The same, while pictures are being fetched."""
+        """The same, while images are being fetched."""
         return self._rendered(*await parse_chat_messages_async(messages, **self._parsing(params)))
 
     def _parsing(self, params: ChatParams) -> dict[str, Any]:
         return {
             "model_config": self.model_config,
-            "content_format": "openai",  # the text and the pictures of a message stay apart
+            "content_format": "openai",  # the text and the images of a message stay apart
             "media_io_kwargs": params.media_io_kwargs,
             "mm_processor_kwargs": params.mm_processor_kwargs,
         }
@@ -193,11 +193,11 @@ class PromptRenderer(BaseRenderer[VllmTokens]):
 
 
 def prompt_of(
-    conversation: Sequence[ConversationMessage], tokens: Tokens, config: XGenMMConfig
+    conversation: Sequence[ConversationMessage], tokens: Tokenizer, config: XGenMMConfig
 ) -> Prompt:
     """The prompt of a parsed conversation that ends with the user's question.
 
-    The pictures of a message go where its text says `<image>`, or first in it. Without a system
+    The images of a message go where its text says `<image>`, or first in it. Without a system
     message the prompt has the one of the training; an empty one leaves it out. Raises InputError
     as `xgenmm.preprocessing.prompts` does.
     """
@@ -208,29 +208,29 @@ def prompt_of(
     if not turns or turns[-1]["role"] != "user":
         raise InputError("messages", "the last must be from user: it is the question")
     *earlier, (_, question) = [(turn["role"], _text(turn, config.text)) for turn in turns]
-    pictures = sum(map(_pictures, turns))
+    images = sum(map(_images, turns))
     messages = [Message(role, text) for role, text in earlier]
     return request_prompt(
-        tokens, config, question, pictures=pictures, system_prompt=system, messages=messages
+        tokens, config, question, images=images, system_prompt=system, messages=messages
     )
 
 
 def _text(turn: ConversationMessage, config: TextConfig) -> str:
-    """A message's text with an `<image>` for each of its pictures."""
-    text, pictures = "\n".join(_texts(turn)), _pictures(turn)
-    if pictures and not text.strip():
+    """A message's text with an `<image>` for each of its images."""
+    text, images = "\n".join(_texts(turn)), _images(turn)
+    if images and not text.strip():
         text = config.caption_question
     if IMAGE in text:
         return text
     mark = IMAGE if config.prompt == "few_shot" else f"{IMAGE}\n"
-    return mark * pictures + text
+    return mark * images + text
 
 
 def _texts(turn: ConversationMessage) -> list[str]:
     return [part["text"] for part in _parts(turn) if part["type"] == "text"]
 
 
-def _pictures(turn: ConversationMessage) -> int:
+def _images(turn: ConversationMessage) -> int:
     return sum(part["type"] == "image" for part in _parts(turn))
 
 
