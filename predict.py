@@ -65,7 +65,7 @@ class Predictor(BasePredictor):
             device=os.environ.get("XGENMM_DEVICE") or None,
             dtype=os.environ.get("XGENMM_DTYPE") or None,
             quantize=os.environ.get("XGENMM_QUANTIZE") or None,
-            slots=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
+            max_num_seqs=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
         )
         self.engine.warm_up()
         # Cog has no hook for the end; its worker comes here when the last prediction is over.
@@ -194,7 +194,8 @@ class Predictor(BasePredictor):
     ) -> Iterator[str]:
         """Yield the answer's pieces until it ends or `prediction` is cancelled; record its cost."""
         images = [
-            self.engine.tiles(source.read_bytes(), name) for name, source in _sources(image, images)
+            self.engine.preprocess_image(source.read_bytes(), name)
+            for name, source in _sources(image, images)
         ]
         answer = self.engine.stream(replace(request, images=images))
         prediction.add_done_callback(lambda _: answer.cancel())

@@ -125,7 +125,7 @@ def start(
 def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     predictor(monkeypatch, engine)
-    nothing = {"device": None, "dtype": None, "quantize": None, "slots": MOST_BEAMS}
+    nothing = {"device": None, "dtype": None, "quantize": None, "max_num_seqs": MOST_BEAMS}
     assert engine.loaded == ("xgen-mm-phi3-mini-instruct-interleave-r-v1.5", nothing)
     predictor(
         monkeypatch,
@@ -137,7 +137,7 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         COG_MAX_CONCURRENCY="12",
     )
     named = {"device": "cpu", "dtype": "float32", "quantize": "int8"}
-    assert engine.loaded == ("demo", {**named, "slots": 12})
+    assert engine.loaded == ("demo", {**named, "max_num_seqs": 12})
 
 
 @pytest.mark.parametrize("name", ["XGENMM_TIMEOUT", "COG_MAX_CONCURRENCY"])

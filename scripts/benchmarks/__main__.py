@@ -199,11 +199,11 @@ def direct(engine: Engine, request: Request) -> str:
     """The answer by the model alone: one prefill, then one decode step a token."""
     embeds, params = _fused(engine, request), request.sampling
     limit = min(params.max_new_tokens, engine.config.decoder.max_positions - len(embeds))
-    decoded, text = engine.tokens.stream(), ""
+    decoded, text = engine.tokenizer.detokenizer(), ""
     for token in generate(engine.model, embeds, params, limit, engine.end_ids):
         if token in engine.end_ids:
             break
-        if token not in engine.tokens.specials.values():
+        if token not in engine.tokenizer.specials.values():
             text += decoded.push(token)
     return text + decoded.flush()
 
@@ -212,7 +212,7 @@ def direct(engine: Engine, request: Request) -> str:
 def _fused(engine: Engine, request: Request) -> torch.Tensor:
     """A request's prompt with its images, [positions, width]."""
     prompt = engine.prompt(request)
-    tiles = [engine.tiles(image) for image in request.images]
+    tiles = [engine.preprocess_image(image) for image in request.images]
     return engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles, prompt))
 
 
@@ -249,7 +249,7 @@ def image(options: Options) -> list[Row]:
     """The time to the first token of a second question about an image against the first's."""
     torch.manual_seed(0)
     tokens = Tokenizer.from_folder(DEMO, MID_SIZE.text.convention, MID_SIZE.additional_ids)
-    engine = Engine(XGenMM(MID_SIZE), tokens, slots=1, cache_bytes=1 << 30)
+    engine = Engine(XGenMM(MID_SIZE), tokens, max_num_seqs=1, cache_bytes=1 << 30)
     rng = random.Random(0)
 
     def first_token(shown: Image.Image, question: str) -> float:
@@ -481,7 +481,7 @@ class Soaked:
 def soak(options: Options) -> list[Row]:
     """Random requests to the demo checkpoint, in process."""
     count = options.requests or 20_000
-    engine = xgenmm.load("demo", device="cpu", slots=CLIENTS, cache_bytes=32 << 20)
+    engine = xgenmm.load("demo", device="cpu", max_num_seqs=CLIENTS, cache_bytes=32 << 20)
     done = run_soak(engine, count, seed=0)
     for complaint in done.unexpected:
         log.warning("%s", complaint)
@@ -503,7 +503,7 @@ def run_soak(engine: Engine, requests: int, seed: int) -> Soaked:
     shown = [_noise(rng, (rng.randint(8, 200), rng.randint(8, 200))) for _ in range(24)]
     process, memory = psutil.Process(), list[int]()
     outcomes, unexpected = Counter[str](), list[str]()
-    with ThreadPoolExecutor(2 * engine.slots) as pool:
+    with ThreadPoolExecutor(2 * engine.max_num_seqs) as pool:
         step = -(-requests // SAMPLES)
         for start in range(0, requests, step):
             numbers = range(start, min(start + step, requests))
@@ -677,7 +677,7 @@ SCHEMAS: tuple[dict[str, object], ...] = (
 
 def choices(options: Options) -> list[Row]:
     """How often `choices` and free answers are right, and `json_schema` is kept to."""
-    engine = xgenmm.load("demo", device="cpu", slots=CLIENTS)
+    engine = xgenmm.load("demo", device="cpu", max_num_seqs=CLIENTS)
     right: dict[str, list[tuple[bool, bool]]] = {kind: [] for kind in POSSIBLE}
 
     def ask(group: Sequence[world.Case]) -> list[tuple[str, bool, bool]]:
@@ -708,7 +708,7 @@ def choices(options: Options) -> list[Row]:
         return kept
 
     groups = _groups(options.scenes)
-    with ThreadPoolExecutor(engine.slots) as pool:
+    with ThreadPoolExecutor(engine.max_num_seqs) as pool:
         for group_found in pool.map(ask, groups):
             for kind, chosen, free in group_found:
                 right[kind].append((chosen, free))
@@ -738,10 +738,10 @@ def quantised(options: Options) -> list[Row]:
     exact = torch.empty(0)
     for kind in (None, *QUANTIZATIONS, INT4):
         stored = None if kind == INT4 else kind
-        engine = xgenmm.load("demo", device="cpu", slots=CLIENTS, quantize=stored)
+        engine = xgenmm.load("demo", device="cpu", max_num_seqs=CLIENTS, quantize=stored)
         if kind == INT4:
             _round_to_int4(engine)
-        with ThreadPoolExecutor(engine.slots) as pool:
+        with ThreadPoolExecutor(engine.max_num_seqs) as pool:
             right = [one for found in pool.map(partial(_right, engine), groups) for one in found]
         logits = torch.cat([_first_logits(engine, group[0]) for group in groups])
         engine.close()

@@ -107,7 +107,7 @@ def predict_one_by_one(files: Sequence[Path], model: str) -> tuple[float, dict[s
 def without_answers(files: Sequence[Path], model: str) -> float:
     """Images a second, with their prompts, four at a time, by the model alone and no answer."""
     engine = xgenmm.load(model)
-    tiles = [engine.tiles(xgenmm.read_image(path)) for path in files]
+    tiles = [engine.preprocess_image(xgenmm.read_image(path)) for path in files]
     prompt = engine.prompt(xgenmm.Request(QUESTION, tiles[:1]))
     cache = engine.model.cache(4, engine.config.decoder.max_positions)
     started = time.monotonic()

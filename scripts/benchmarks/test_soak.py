@@ -8,7 +8,7 @@ from tests.support import tiny
 
 
 def test_soak(tmp_path: Path) -> None:
-    engine = xgenmm.load(tiny.checkpoint(tmp_path), slots=4, cache_bytes=2 << 20)
+    engine = xgenmm.load(tiny.checkpoint(tmp_path), max_num_seqs=4, cache_bytes=2 << 20)
     done = run_soak(engine, 150, seed=1)
     assert done.unexpected == []
     assert done.outcomes.total() == 150

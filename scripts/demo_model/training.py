@@ -842,7 +842,7 @@ def answers(engine: xgenmm.Engine, cases: Sequence[world.Case]) -> Iterator[str]
         prompt = engine.prompt(xgenmm.Request(case.question, images))
         embeds = engine.model.merge_multimodal_embeddings(prompt, vision)
         made = generate(engine.model, embeds, SamplingParams(), 64, engine.end_ids)
-        yield engine.tokens.decode(list(takewhile(lambda t: t not in engine.end_ids, made)))
+        yield engine.tokenizer.decode(list(takewhile(lambda t: t not in engine.end_ids, made)))
 
 
 def evaluate(folder: Path, scenes: int) -> None:

@@ -99,11 +99,11 @@ def encoded(shown: Image.Image, format_: str = "PNG") -> bytes:
 
 def test_a_file_seen_lately_is_not_read_again(engine: Engine) -> None:
     red, blue = encoded(image()), encoded(image(color="blue"))
-    tiles = engine.tiles(red)
-    assert engine.tiles(bytes(bytearray(red))) is tiles
-    assert engine.tiles(blue) is not tiles
-    assert engine.tiles(tiles) is tiles
-    assert np.array_equal(engine.tiles(image()).pixels, tiles.pixels)
+    tiles = engine.preprocess_image(red)
+    assert engine.preprocess_image(bytes(bytearray(red))) is tiles
+    assert engine.preprocess_image(blue) is not tiles
+    assert engine.preprocess_image(tiles) is tiles
+    assert np.array_equal(engine.preprocess_image(image()).pixels, tiles.pixels)
     request = Request("What is it?", [image()], sampling=params())
     assert text(engine, replace(request, images=[tiles])) == text(engine, request)
 
@@ -111,13 +111,13 @@ def test_a_file_seen_lately_is_not_read_again(engine: Engine) -> None:
 def test_an_engine_that_keeps_nothing_keeps_no_file(tmp_path: Path) -> None:
     forgetful = xgenmm.load(tiny.checkpoint(tmp_path), cache_bytes=0)
     red = encoded(image())
-    assert forgetful.tiles(red) is not forgetful.tiles(red)
+    assert forgetful.preprocess_image(red) is not forgetful.preprocess_image(red)
 
 
 def test_a_file_that_is_no_image_is_refused_by_its_name(engine: Engine) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match=r"^images\[3\]: "):
-            engine.tiles(b"no image", "images[3]")
+            engine.preprocess_image(b"no image", "images[3]")
 
 
 def test_empty_question_asks_for_a_caption(engine: Engine) -> None:
@@ -201,7 +201,7 @@ def test_an_abandoned_answer_does_not_block_the_next(engine: Engine) -> None:
 @contextmanager
 def always_saying(engine: Engine, token: str) -> Iterator[None]:
     """Make `token` the likeliest one at every step."""
-    bias, number = engine.model.decoder.lm_head.bias, engine.tokens.id(token)
+    bias, number = engine.model.decoder.lm_head.bias, engine.tokenizer.id(token)
     before = float(bias[number])
     bias[number] = 1e4
     try:

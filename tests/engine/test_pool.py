@@ -30,7 +30,9 @@ def two_cores() -> Iterator[None]:
 
 @pytest.fixture
 def engine(two_cores: None, tmp_path: Path) -> Iterator[Engine]:
-    started = xgenmm.load(tiny.checkpoint(tmp_path), device="cpu", slots=17, cache_bytes=1 << 24)
+    started = xgenmm.load(
+        tiny.checkpoint(tmp_path), device="cpu", max_num_seqs=17, cache_bytes=1 << 24
+    )
     yield started
     started.close()
     assert_all_free(started)
@@ -47,7 +49,7 @@ def occupied(scheduler: Scheduler) -> Iterator[None]:
 
 def test_both_schedulers_answer_and_as_one_request_alone(engine: Engine) -> None:
     first, second = engine._pool.schedulers
-    assert (first.slots, second.slots, engine.slots) == (9, 8, 17)
+    assert (first.slots, second.slots, engine.max_num_seqs) == (9, 8, 17)
     requests = [asking(f"Number {i}?", color) for i in range(6) for color in COLORS]
     answers = [engine.stream(request) for request in requests]
     for answer, request in zip(answers, requests, strict=True):
@@ -82,7 +84,7 @@ def test_every_search_fits_a_scheduler(engine: Engine) -> None:
 
 
 def test_few_slots_are_not_shared_out(two_cores: None, tmp_path: Path) -> None:
-    few = xgenmm.load(tiny.checkpoint(tmp_path), device="cpu", slots=15)
+    few = xgenmm.load(tiny.checkpoint(tmp_path), device="cpu", max_num_seqs=15)
     assert len(few._pool.schedulers) == 1
     few.close()
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[0, 1], ids=["in step", "a step ahead"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    started = xgenmm.load(folder, slots=SLOTS, cache_bytes=1 << 24)
+    started = xgenmm.load(folder, max_num_seqs=SLOTS, cache_bytes=1 << 24)
     scheduler(started).ahead = request.param  # 1 is what a GPU does
     yield started
     started.close()
@@ -42,7 +42,7 @@ def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def forgetful(folder: Path) -> Iterator[Engine]:
     """An engine that keeps nothing: what it says is right."""
-    started = xgenmm.load(folder, slots=1, cache_bytes=0)
+    started = xgenmm.load(folder, max_num_seqs=1, cache_bytes=0)
     yield started
     started.close()
 
@@ -283,8 +283,8 @@ def test_the_next_turn_reuses_prompt_and_answer(engine: Engine, forgetful: Engin
 @pytest.mark.parametrize("version", ["v1.5", "v1"])
 def test_never_a_wrong_hit(tmp_path: Path, version: str) -> None:
     checkpoint = tiny.checkpoint(tmp_path / version, version)
-    warm = xgenmm.load(checkpoint, slots=2, cache_bytes=1 << 24)
-    cold = xgenmm.load(checkpoint, slots=2, cache_bytes=0)
+    warm = xgenmm.load(checkpoint, max_num_seqs=2, cache_bytes=1 << 24)
+    cold = xgenmm.load(checkpoint, max_num_seqs=2, cache_bytes=0)
     almost = image()
     almost.putpixel((20, 15), (255, 0, 60))
     images = [image(), almost, image(size=(30, 40)), image(size=(80, 60))]
@@ -300,7 +300,7 @@ def test_never_a_wrong_hit(tmp_path: Path, version: str) -> None:
 
 
 def test_caches_keep_to_their_budget(folder: Path) -> None:
-    small = xgenmm.load(folder, slots=2, cache_bytes=100_000)
+    small = xgenmm.load(folder, max_num_seqs=2, cache_bytes=100_000)
     held = scheduler(small).caches
     for number in range(12):
         request = asking(f"Number {number}?", "red", limit=2)
@@ -465,7 +465,7 @@ def test_out_of_memory_drops_the_caches_and_tries_once_more(engine: Engine, meth
 
 
 def test_close_finishes_what_runs_and_refuses_what_is_new(folder: Path) -> None:
-    closing = xgenmm.load(folder, slots=1)
+    closing = xgenmm.load(folder, max_num_seqs=1)
     with gate(closing.model, "decode") as (come, go_on):
         running, waiting = (closing.stream(asking(question)) for question in ("One?", "Two?"))
         assert come.wait(60)
@@ -498,7 +498,7 @@ def test_check_tells_a_stuck_engine(engine: Engine, monkeypatch: pytest.MonkeyPa
 
 
 def test_check_tells_a_dead_engine_and_nobody_waits_for_it(folder: Path) -> None:
-    dying = xgenmm.load(folder, slots=2)
+    dying = xgenmm.load(folder, max_num_seqs=2)
     with failing(scheduler(dying), "_admit", SystemError("boom"), times=1):
         answer = dying.stream(asking())
         with pytest.raises(EngineError, match=r"the engine stopped: SystemError\('boom'\)"):
@@ -511,7 +511,7 @@ def test_check_tells_a_dead_engine_and_nobody_waits_for_it(folder: Path) -> None
 
 
 def test_an_engine_that_nobody_holds_ends_its_thread(folder: Path) -> None:
-    short = xgenmm.load(folder, slots=1)
+    short = xgenmm.load(folder, max_num_seqs=1)
     short.stream(asking()).text()
     thread = scheduler(short)._thread
     del short

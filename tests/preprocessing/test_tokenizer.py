@@ -229,7 +229,7 @@ def test_stream_gives_text_as_soon_as_it_is_whole(tokens: Tokenizer) -> None:
     for _ in range(500):
         text = random_text(rng).replace("▁", " ").replace("\ufffd", "?")
         ids = tokens.encode_segments([text])
-        stream, given = tokens.stream(), ""
+        stream, given = tokens.detokenizer(), ""
         for count, token in enumerate(ids, start=1):
             given += stream.push(token)
             assert text.startswith(given)  # so never half a character, and nothing to take back
@@ -249,7 +249,7 @@ def test_stream_of_any_ids_equals_decode(tokens: Tokenizer) -> None:
             rng.choice([rng.randrange(tokens.vocab_size + 5), first_byte + rng.randrange(256)])
             for _ in range(rng.randrange(15))
         ]
-        stream, given = tokens.stream(), ""
+        stream, given = tokens.detokenizer(), ""
         whole = tokens.decode(ids)
         for token in ids:
             given += stream.push(token)
@@ -262,7 +262,7 @@ def test_broken_characters(slow: Tokenizer) -> None:
     pieces = [first_byte + byte for byte in b"\xf0\x9f\xa6" + "é".encode() + b"\xff\xe2\x82"]
     assert slow.decode(pieces) == "\ufffd\ufffd\ufffdé\ufffd\ufffd\ufffd"
     assert slow.decode([first_byte + 0xE2, *slow.encode(" a")]) == "\ufffd  a"
-    stream = slow.stream()
+    stream = slow.detokenizer()
     assert [stream.push(first_byte + byte) for byte in "🦜".encode()] == ["", "", "", "🦜"]
 
 

@@ -141,7 +141,7 @@ def positions(package: xgenmm.Engine, request: Request) -> list[int]:
     prompt, config = package.prompt(request), package.config
     ids, shift = list(prompt.ids), 0
     for (start, length), image in zip(prompt.spans, request.images, strict=True):
-        tiles = package.tiles(image)
+        tiles = package.preprocess_image(image)
         count = len(tiles.pixels) * config.resampler.num_latents
         ids[start + shift : start + shift + length] = [prompt.ids[start]] * count
         shift += count - length

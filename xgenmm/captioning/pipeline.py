@@ -69,9 +69,9 @@ class CaptionTask:
             self.model,
             self.device,
             self.dtype,
-            slots=SLOTS,
+            max_num_seqs=SLOTS,
             quantize=self.quantize,
-            pieces=PIECES,
+            prefill_batches_per_step=PIECES,
         )
 
 
@@ -132,7 +132,7 @@ def in_process(
             tiles = prepare(record, engine.config)
         return answer(engine, task, record, tiles)
 
-    return _in_threads(rows, records, QUEUED * engine.slots)
+    return _in_threads(rows, records, QUEUED * engine.max_num_seqs)
 
 
 def _in_threads(

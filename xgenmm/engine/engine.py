@@ -45,7 +45,7 @@ from xgenmm.preprocessing.tokenizer import SpecialToken, Tokenizer
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_SLOTS = 16
+MAX_NUM_SEQS = 16
 MAX_CACHE_BYTES = 4 << 30
 MAX_TILE_BYTES = 256 << 20
 MAX_CHOICES = 256
@@ -88,7 +88,7 @@ class Answer:
         choices: Sequence[str],
     ) -> None:
         self.usage = Usage()
-        self._decoded = tokens.stream()
+        self._decoded = tokens.detokenizer()
         self._stop = StopStringChecker(stops)
         self._end_ids = end_ids
         self._special_ids = frozenset(tokens.specials.values())
@@ -180,27 +180,29 @@ class Engine:
         self,
         model: XGenMM,
         tokens: Tokenizer,
-        slots: int = MAX_SLOTS,
+        max_num_seqs: int = MAX_NUM_SEQS,
         cache_bytes: int | None = None,
-        pieces: int = 1,
+        prefill_batches_per_step: int = 1,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.tokens = tokens
+        self.tokenizer = tokens
         self.config = model.config
         self.end_ids = frozenset(tokens.id(token) for token in self.config.text.stop_tokens)
         budget = _default_cache_bytes(model) if cache_bytes is None else cache_bytes
-        fitting = _fitting_slots(model, slots)
-        self._pool = SchedulerPool(model, self.end_ids, fitting, budget, pieces)
+        fitting = _fitting_slots(model, max_num_seqs)
+        self._pool = SchedulerPool(model, self.end_ids, fitting, budget, prefill_batches_per_step)
         self._tiles: LRUCache[TiledImage] = LRUCache(min(budget, MAX_TILE_BYTES))
         # Threads know their pool alone, so an engine that nobody holds ends its threads.
         weakref.finalize(self, self._pool.close)
 
     @property
-    def slots(self) -> int:
+    def max_num_seqs(self) -> int:
         """How many requests are answered at once."""
         return self._pool.slots
 
-    def tiles(self, image: bytes | Image.Image | TiledImage, name: str = "image") -> TiledImage:
+    def preprocess_image(
+        self, image: bytes | Image.Image | TiledImage, name: str = "image"
+    ) -> TiledImage:
         """An image in tiles, for a request. May be called from any thread.
 
         image: an encoded file (one that was read lately is not read again), upright RGB, or tiles
@@ -215,7 +217,7 @@ class Engine:
         key = hashlib.sha256(image).digest()
         tiles = self._tiles.get(key)
         if tiles is None:
-            tiles = self.tiles(read_image(image, name))
+            tiles = self.preprocess_image(read_image(image, name))
             self._tiles.put(key, tiles)
         return tiles
 
@@ -229,9 +231,11 @@ class Engine:
         started = time.monotonic()
         self._check(request)
         prompt = self.prompt(request)
-        images = [self.tiles(image) for image in request.images]
+        images = [self.preprocess_image(image) for image in request.images]
         choices = [self._choice_ids(choice) for choice in request.choices]
-        answer = Answer(self.tokens, self.end_ids, request.sampling.stop_sequences, request.choices)
+        answer = Answer(
+            self.tokenizer, self.end_ids, request.sampling.stop_sequences, request.choices
+        )
         room = self._measure(prompt, images, answer.usage)
         if max(map(len, choices), default=0) > room:
             raise InputError("choices", f"the longest has more than the {room} tokens left for it")
@@ -276,7 +280,7 @@ class Engine:
                 raise InputError("question", "is empty and there is no image; give one of the two")
             question = self.config.text.caption_question
         return request_prompt(
-            self.tokens,
+            self.tokenizer,
             self.config,
             question,
             images=len(request.images),
@@ -299,18 +303,18 @@ class Engine:
             raise InputError(
                 "json_schema", f"cannot be combined with {beams} beams; set num_beams to 1"
             )
-        if beams > self.slots and not choices:
+        if beams > self.max_num_seqs and not choices:
             raise InputError(
                 "num_beams",
-                f"{beams} beams take as many slots and this engine has {self.slots}; "
-                f"set num_beams to at most {self.slots}",
+                f"{beams} beams take as many slots and this engine has {self.max_num_seqs}; "
+                f"set num_beams to at most {self.max_num_seqs}",
             )
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
         decoder = self.config.decoder
         return GrammarCompiler(
-            self.tokens, self.end_ids, decoder.initial_vocab + decoder.additional_tokens
+            self.tokenizer, self.end_ids, decoder.initial_vocab + decoder.additional_tokens
         )
 
     def _constraint(self, request: Request) -> Grammar | None:
@@ -324,8 +328,8 @@ class Engine:
             before = after = END_OF_CHUNK
         else:
             before, after = ASSISTANT, SpecialToken(self.config.text.stop_tokens[0])
-        ids = self.tokens.encode_segments([before, choice, after])
-        return ids[ids.index(self.tokens.id(before)) + 1 :]
+        ids = self.tokenizer.encode_segments([before, choice, after])
+        return ids[ids.index(self.tokenizer.id(before)) + 1 :]
 
     def _measure(self, prompt: Prompt, images: Sequence[TiledImage], usage: Usage) -> int:
         """Note what the prompt takes; returns how many tokens are left for the answer."""
@@ -349,10 +353,10 @@ def load(
     name_or_folder: str | os.PathLike[str],
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    slots: int = MAX_SLOTS,
+    max_num_seqs: int = MAX_NUM_SEQS,
     cache_bytes: int | None = None,
     quantize: str | None = None,
-    pieces: int = 1,
+    prefill_batches_per_step: int = 1,
 ) -> Engine:
     """An engine for a released name, `demo`, or a checkpoint folder.
 
@@ -360,20 +364,20 @@ def load(
         name_or_folder: see `python -m xgenmm.checkpoints.download list`.
         device: by default the GPU if there is one.
         dtype: of weights and activations; by default bfloat16 on a GPU and float32 on a CPU.
-        slots: requests answered at once, at most as many as fit half of the free memory; further
-            ones wait.
+        max_num_seqs: requests answered at once, at most as many as fit half of the free memory;
+            further ones wait.
         cache_bytes: memory for what is kept of images and prompts between requests; by default
             an eighth of what is free, at most 4 GB.
         quantize: `int8` or `fp8` for the weights of the decoder's layers; by default neither.
-        pieces: of encoding and prefill that are done between two decode steps: one keeps streams
-            even, more get more done.
+        prefill_batches_per_step: of encoding and prefill that are done between two decode steps:
+            one keeps streams even, more get more done.
 
     Raises:
         CheckpointError: not on this disk, or broken; the message says what to type.
         InputError: a device, dtype or quantization that does not exist here, or no slot.
     """
-    if slots < 1:
-        raise InputError("slots", f"must be at least 1, not {slots}")
+    if max_num_seqs < 1:
+        raise InputError("max_num_seqs", f"must be at least 1, not {max_num_seqs}")
     folder: Path = resolve(name_or_folder)
     where = _device(device)
     kind = _dtype(dtype, where)
@@ -389,17 +393,19 @@ def load(
     with ThreadPoolExecutor(1) as aside:
         compiled = None
         if where.type == "cuda":
-            compiled = aside.submit(compile_kernels, config, min(slots, MAX_ROWS), kind, quantize)
+            compiled = aside.submit(
+                compile_kernels, config, min(max_num_seqs, MAX_ROWS), kind, quantize
+            )
         load_parameters(model, folder, device=where, dtype=kind, quantize=quantize)
         if compiled is not None:
             compiled.result()
     if where.type == "cpu" and kind == torch.float32:
         use_onednn(model)
-    engine = Engine(model, tokens, slots, cache_bytes, pieces)
+    engine = Engine(model, tokens, max_num_seqs, cache_bytes, prefill_batches_per_step)
     seconds = time.monotonic() - started
     logger.info(
         "%s: ready on %s in %s with %d slots after %.1f s",
-        folder.name, where, quantize or kind, engine.slots, seconds,
+        folder.name, where, quantize or kind, engine.max_num_seqs, seconds,
     )  # fmt: skip
     return engine
 

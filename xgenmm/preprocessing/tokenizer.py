@@ -178,10 +178,10 @@ class Tokenizer:
         character becomes U+FFFD, and its neighbours are kept (the original fast tokenizer gave up
         the whole run of bytes).
         """
-        stream = self.stream()
+        stream = self.detokenizer()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self) -> "Detokenizer":
+    def detokenizer(self) -> "Detokenizer":
         """A new stream that turns ids into text one at a time."""
         return Detokenizer(self)
 
