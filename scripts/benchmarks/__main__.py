@@ -27,12 +27,11 @@ import platform
 import random
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -54,18 +53,14 @@ from scripts.demo_model.training import EVALUATION_SEED
 from scripts.local_server import ROOT, LocalServer, predict, serving
 from xgenmm.config import DecoderConfig, ResamplerConfig, VisionConfig, XGenMMConfig
 from xgenmm.engine.engine import Answer, Engine, Request
-from xgenmm.engine.pool import SchedulerPool
-from xgenmm.engine.prefix_cache import PromptHashes
-from xgenmm.engine.reference import generate
+from xgenmm.engine.reference import answer_text, prompt_embeddings
 from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.engine.scheduler import EngineRequest, StopReason
 from xgenmm.errors import EngineError, InputError
-from xgenmm.evaluation.parity import golden_model, golden_prompt
+from xgenmm.evaluation.engine_parity import check_engine
 from xgenmm.models.quantization import QUANTIZATIONS, drift
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
-from xgenmm.preprocessing.prompts import Message, Prompt
-from xgenmm.preprocessing.tiling import TiledImage, tile_image
+from xgenmm.preprocessing.prompts import Message
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -180,7 +175,7 @@ def _latencies(requests: Sequence[Request]) -> tuple[list[float], list[float]]:
     engine = xgenmm.load("demo", device="cpu", cache_bytes=0)
     ways: list[Callable[[Request], str]] = [
         lambda request: engine.stream(request).text(),
-        partial(direct, engine),
+        partial(answer_text, engine),
     ]
     seconds: tuple[list[float], list[float]] = ([], [])
     for way in ways:  # the first pass of a process is slower
@@ -193,27 +188,6 @@ def _latencies(requests: Sequence[Request]) -> tuple[list[float], list[float]]:
             seconds[which].append(time.monotonic() - started)
     engine.close()
     return seconds
-
-
-def direct(engine: Engine, request: Request) -> str:
-    """The answer by the model alone: one prefill, then one decode step a token."""
-    embeds, params = _fused(engine, request), request.sampling
-    limit = min(params.max_new_tokens, engine.config.decoder.max_positions - len(embeds))
-    decoded, text = engine.tokenizer.detokenizer(), ""
-    for token in generate(engine.model, embeds, params, limit, engine.end_ids):
-        if token in engine.end_ids:
-            break
-        if token not in engine.tokenizer.specials.values():
-            text += decoded.push(token)
-    return text + decoded.flush()
-
-
-@torch.inference_mode()
-def _fused(engine: Engine, request: Request) -> torch.Tensor:
-    """A request's prompt with its images, [positions, width]."""
-    prompt = engine.prompt(request)
-    tiles = [engine.preprocess_image(image) for image in request.images]
-    return engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles, prompt))
 
 
 @contextlib.contextmanager
@@ -282,50 +256,11 @@ def _noise(rng: random.Random, size: tuple[int, int]) -> Image.Image:
 # golden: everything at once
 
 
-@dataclass
-class Collected:
-    """A `OutputSink` that keeps the ids and never ends an answer by itself."""
-
-    cancelled: bool = False
-    ids: list[int] = field(default_factory=list)
-    error: Exception | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def token(self, token: int) -> StopReason | None:
-        """Keep it."""
-        self.ids.append(token)
-        return None
-
-    def chosen(self, number: int, probabilities: Sequence[float]) -> None:
-        """Keep the number as if it were a token."""
-        self.ids.append(number)
-
-    def end(self, reason: StopReason, error: Exception | None) -> None:
-        """Let `result` return."""
-        self.error = error
-        self.ended.set()
-
-    def result(self) -> list[int]:
-        """The ids, once all are there. Raises what failed the job."""
-        self.ended.wait()
-        if self.error is not None:
-            raise self.error
-        return self.ids
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One job of the golden part: the ids it should have, and those it got beside the others."""
-
-    name: str
-    golden: bool
-    expected: list[int]
-    found: list[int]
-
-
 def golden(options: Options) -> list[Row]:
     """Every golden case through the scheduler at once, with neighbours of other settings."""
-    compared = [one for folder in _golden_folders(options.golden) for one in run_golden(folder, 0)]
+    compared = [
+        one for folder in _golden_folders(options.golden) for one in check_engine(folder, 0)
+    ]
     for one in compared:
         if one.found != one.expected:
             log.warning("%s: %s instead of %s", one.name, one.found, one.expected)
@@ -347,95 +282,6 @@ def _golden_folders(folder: Path | None) -> list[Path]:
     if not found:
         raise InputError("golden", f"{folder} has no folder with a model.safetensors in it")
     return found
-
-
-def run_golden(folder: Path, seed: int) -> list[Compared]:
-    """All jobs of a golden folder at once, in an order that `seed` decides.
-
-    Beside those with known ids each case has neighbours of other settings, whose expected ids are
-    what `generate` gives each alone.
-    """
-    description = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    model, rng = golden_model(folder, description), random.Random(seed)
-    end_ids = frozenset({description["text"]["eos_token_id"]})
-    planned: list[tuple[str, bool, list[int], EngineRequest, Collected]] = []
-    for case in description["cases"]:
-        prompt = golden_prompt(description, case["input_ids"])
-        images = [read_image(folder / file) for file in case["images"]]
-        tile = model.config.vision.image_size
-        tiles = [tile_image(shown, model.config.tiling, tile) for shown in images]
-        for stage, settings in _golden_settings(case, rng):
-            ids = case.get(stage) or _alone(model, prompt, tiles, settings, end_ids)
-            collected = Collected()
-            planned.append(
-                (
-                    f"{folder.name}/{case['name']}: {settings}",
-                    stage in case,
-                    ids,
-                    _job(model, prompt, tiles, settings, collected),
-                    collected,
-                )
-            )
-    rng.shuffle(planned)
-    pool = SchedulerPool(model, end_ids, slots=CLIENTS, cache_bytes=64 << 20)
-    for *_, job, _ in planned:
-        pool.submit(job)
-    compared = [
-        Compared(name, known, ids, collected.result()) for name, known, ids, _, collected in planned
-    ]
-    pool.close()
-    pool.join()
-    return compared
-
-
-def _golden_settings(
-    case: Mapping[str, Any], rng: random.Random
-) -> Iterator[tuple[str, SamplingParams]]:
-    """(stage, settings) of the case's known ids, and of three neighbours with other settings."""
-    for stage, beams, penalty in (
-        ("greedy_ids", 1, 1.0),
-        ("greedy_repetition_penalty_2_ids", 1, 2.0),
-        ("beam3_ids", 3, 1.0),
-    ):
-        if stage in case:
-            yield (
-                stage,
-                SamplingParams(len(case[stage]), num_beams=beams, repetition_penalty=penalty),
-            )
-    yield "", SamplingParams(rng.randint(1, 40), temperature=rng.uniform(0.3, 2), seed=1)
-    yield "", SamplingParams(rng.randint(1, 40), repetition_penalty=rng.uniform(1.1, 3))
-    yield "", SamplingParams(rng.randint(1, 12), num_beams=2, repetition_penalty=1.5)
-
-
-def _job(
-    model: XGenMM,
-    prompt: Prompt,
-    tiles: Sequence[TiledImage],
-    settings: SamplingParams,
-    receiver: Collected,
-) -> EngineRequest:
-    resampler = model.config.resampler
-    instructed = resampler.text_tokens > 0
-    return EngineRequest(
-        prompt=prompt,
-        images=tiles,
-        keys=PromptHashes.of(prompt, tiles, resampler.num_latents, instructed=instructed),
-        params=settings,
-        limit=settings.max_new_tokens,
-        receiver=receiver,
-    )
-
-
-@torch.inference_mode()
-def _alone(
-    model: XGenMM,
-    prompt: Prompt,
-    tiles: Sequence[TiledImage],
-    settings: SamplingParams,
-    end_ids: Collection[int],
-) -> list[int]:
-    embeds = model.merge_multimodal_embeddings(prompt, model.encode(tiles, prompt))
-    return list(generate(model, embeds, settings, settings.max_new_tokens, end_ids))
 
 
 # soak: whatever comes
@@ -779,7 +625,7 @@ def _right(engine: Engine, group: Sequence[world.Case]) -> list[bool]:
 
 def _first_logits(engine: Engine, case: world.Case) -> torch.Tensor:
     """Logits [1, vocab] of the first token of an answer."""
-    embeds = _fused(engine, Request(case.question, case.images))
+    embeds = prompt_embeddings(engine, Request(case.question, case.images))
     return engine.model.prefill([embeds], engine.model.cache(1, embeds.shape[0]))
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from scripts.benchmarks.__main__ import run_golden
 from tests.support import golden_data
+from xgenmm.evaluation.engine_parity import check_engine
 
 
 @pytest.mark.parametrize(("name", "known"), [("v15_anyres", 24), ("v1_instruct", 5)])
 def test_golden_ids_beside_neighbours(name: str, known: int) -> None:
-    compared = run_golden(golden_data.folder(name), seed=5)
+    compared = check_engine(golden_data.folder(name), seed=5)
     assert sum(one.golden for one in compared) == known
     assert {one.name: one.found for one in compared} == {one.name: one.expected for one in compared}

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import xgenmm
-from scripts.benchmarks.__main__ import direct as alone
 from tests.engine.test_scheduler import asking, assert_all_free
 from tests.support import tiny
 from xgenmm import Engine, Request, SamplingParams
+from xgenmm.engine.reference import answer_text as alone
 from xgenmm.engine.scheduler import EngineRequest, Scheduler
 
 COLORS = ("red", "green", "blue", "black", "white", "orange")

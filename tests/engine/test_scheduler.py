@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import xgenmm
-from scripts.benchmarks.__main__ import direct as alone
 from tests.support import tiny
 from xgenmm import Answer, Engine, EngineError, InputError, Message, Request, SamplingParams
 from xgenmm.engine import scheduler as scheduling
+from xgenmm.engine.reference import answer_text as alone
 from xgenmm.engine.scheduler import Scheduler
 from xgenmm.preprocessing.tiling import tile_image
 

@@ -4,6 +4,7 @@ Knows nothing of text. Sampling itself is in `sampling.py`; here are the cache a
 """
 
 from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from xgenmm.engine.sampler import (
 )
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.xgenmm import XGenMM
+
+if TYPE_CHECKING:
+    from xgenmm.engine.engine import Engine, Request
 
 
 def generate(
@@ -39,6 +43,29 @@ def generate(
     if params.num_beams == 1:
         return _stream(model, embeds, params, limit, cancelled)
     return _search(model, embeds, params, limit, end_ids, cancelled)
+
+
+@torch.inference_mode()
+def prompt_embeddings(engine: "Engine", request: "Request") -> torch.Tensor:
+    """A request's prompt with its images merged in: [positions, decoder width]."""
+    prompt = engine.prompt(request)
+    tiles = [engine.preprocess_image(image) for image in request.images]
+    return engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles, prompt))
+
+
+@torch.inference_mode()
+def answer_text(engine: "Engine", request: "Request") -> str:
+    """The text of a request's answer by the model alone, without the scheduler."""
+    embeds, params = prompt_embeddings(engine, request), request.sampling
+    model, tokenizer = engine.model, engine.tokenizer
+    limit = min(params.max_new_tokens, engine.config.decoder.max_positions - len(embeds))
+    detokenizer, text = tokenizer.detokenizer(), ""
+    for token in generate(model, embeds, params, limit, engine.end_ids):
+        if token in engine.end_ids:
+            break
+        if token not in tokenizer.specials.values():
+            text += detokenizer.push(token)
+    return text + detokenizer.flush()
 
 
 def _stream(
