@@ -1,17 +1,19 @@
-"""The model as Cog sees it: form fields in, pieces of text out, for many predictions at once.
+"""The model as Cog runs it: form inputs in, pieces of text out, many predictions at once.
 
-`Predictor` only decouples Cog's interface from inference: it turns the form's inputs into a
-`Request`, passes the answer's text on while it is made, and reports what the answer cost. The
-environment says the rest: `XGENMM_MODEL` (a released name, `demo`, or a folder), `XGENMM_DEVICE`,
-`XGENMM_DTYPE`, `XGENMM_QUANTIZE` (`int8` or `fp8`), `XGENMM_TIMEOUT` (seconds after which an answer
-ends where it is), and Cog's own `COG_MAX_CONCURRENCY`, which `cog build` takes from the decorator
-of `predict`.
+`Predictor` only adapts Cog's interface to the library: it turns the form's inputs into a `Request`,
+streams the text of the answer and reports the metrics. Environment variables configure it:
 
-Cog builds the form from this file without running it and takes texts as they stand here, so every
-description and default is one plain literal without escapes, whatever its length.
+    XGENMM_MODEL         a released name, `demo`, or a checkpoint folder
+    XGENMM_DEVICE        `cuda`, `cuda:N` or `cpu`; default: a GPU if there is one
+    XGENMM_DTYPE         `bfloat16`, `float16` or `float32`
+    XGENMM_QUANTIZE      `int8` or `fp8`: the weights of the decoder
+    XGENMM_TIMEOUT       seconds after which generation stops and the partial text is returned
+    COG_MAX_CONCURRENCY  predictions at once; `cog build` sets it from `@concurrent` below
+
+Cog builds the form by parsing this file, without running it, and takes strings as they are written.
+Every description and default is therefore a single literal without escapes, however long.
 """
 
-import asyncio
 import atexit
 import contextlib
 import gc
@@ -33,8 +35,8 @@ from cog import (
 )
 
 import xgenmm
+from cog_compat import prediction_future
 from xgenmm import Engine, InputError, Request, SamplingParams
-from xgenmm.engine.engine import favour_model_thread
 from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.preprocessing.prompts import parse_messages
 
@@ -46,18 +48,21 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor(BasePredictor):
-    """One checkpoint, loaded once, answering as many predictions at a time as Cog lets in."""
+    """One checkpoint, loaded once, that serves as many predictions at once as Cog admits."""
 
     engine: Engine
     timeout: float | None
 
     def setup(self) -> None:
-        """Load the checkpoint; a missing one fails here with a message that says what to type."""
+        """Load the checkpoint and answer one request, so that the first user does not wait.
+
+        Raises CheckpointError, naming the command to run, if the checkpoint is missing, and
+        InputError for a setting that is out of range.
+        """
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
         self.timeout = _setting("XGENMM_TIMEOUT", float)
-        favour_model_thread()
-        # What is imported stays. To look through it for garbage would stop all streams for 0.2 s.
+        # Freeze imported objects so that garbage collection does not stall streams (for 0.2 s).
         gc.freeze()
         logger.info("loading %s", model)
         self.engine = xgenmm.load(
@@ -68,11 +73,11 @@ class Predictor(BasePredictor):
             max_num_seqs=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
         )
         self.engine.warm_up()
-        # Cog has no hook for the end; its worker comes here when the last prediction is over.
+        # Cog has no shutdown hook. Its worker exits once the last prediction has ended.
         atexit.register(self.engine.close)
 
     def healthcheck(self) -> bool:
-        """Tell Cog whether the engine still works; one that does not fails with the reason."""
+        """Return True if the engine works. Raises EngineError, with the reason, if it does not."""
         self.engine.check()
         return True
 
@@ -83,82 +88,83 @@ class Predictor(BasePredictor):
         image: Path | None = Input(
             default=None,
             accept="image/*",
-            description="The image to ask about: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 64 megapixels. Leave it out to ask about text alone.",
+            description="The image to ask about: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF, up to 64 megapixels. Leave it empty for a question without an image.",
         ),
         images: list[Path] | None = Input(
             default=None,
-            description="Further images, for a question about several. They come after the first one, in this order.",
+            description="More images, for a question about several. They follow the first one in this order.",
         ),
         question: str = Input(
             default="",
-            description="What you want to know. Empty: the image is described. Images go before the question, in order; to place them yourself, write <image> once for each.",
+            description="Your question. If it is empty, the image is described. Images are placed before the question, in order; to place them yourself, write <image> once for each.",
         ),
         system_prompt: str = Input(
             default="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions.",
-            description="How the assistant should behave. The models were trained with the text given here. Base models take none and ignore it.",
+            description="How the assistant should behave. The default is the text the models were trained with. Base models ignore it.",
         ),
         max_new_tokens: int = Input(
             default=768,
             ge=1,
             le=2048,
-            description="The longest answer allowed, in tokens (a token is about three quarters of an English word).",
+            description="Maximum length of the answer in tokens. A token is about three quarters of an English word.",
         ),
         temperature: float = Input(
             default=0.0,
             ge=0.0,
             le=2.0,
-            description="0 always takes the most likely next token, so the same question gets the same answer. Higher values vary the answer more.",
+            description="0 always picks the most likely token, so the same question gets the same answer. Higher values make answers more varied.",
         ),
         top_p: float = Input(
             default=1.0,
             ge=0.0,
             le=1.0,
-            description="With a temperature above 0: choose among the most likely tokens that together reach this probability. 1 considers all.",
+            description="Sample only from the most likely tokens whose probabilities add up to this value. 1 turns it off. Has an effect only if temperature is above 0.",
         ),
         top_k: int = Input(
             default=0,
             ge=0,
             le=100000,
-            description="With a temperature above 0: choose among this many most likely tokens. 0 considers all.",
+            description="Sample only from this many of the most likely tokens. 0 turns it off. Has an effect only if temperature is above 0.",
         ),
         num_beams: int = Input(
             default=1,
             ge=1,
             le=8,
-            description="Follow this many answers at once and return the most likely. 1 is fastest; more needs temperature 0, and the text then comes in one piece at the end.",
+            description="Number of beams for beam search. 1 turns it off and is fastest. More than 1 requires temperature 0, and the text arrives in one piece at the end.",
         ),
         repetition_penalty: float = Input(
             default=1.0,
             ge=0.5,
             le=3.0,
-            description="Above 1 discourages words that were already used. 1 is off.",
+            description="Values above 1 discourage tokens that the answer already contains. 1 turns it off.",
         ),
         stop_sequences: list[str] | None = Input(
             default=None,
-            description="The answer ends before the first of these texts. At most 16.",
+            description="Generation stops before the first of these strings. At most 16.",
         ),
         seed: int | None = Input(
             default=None,
             ge=0,
-            description="With a temperature above 0: the same seed repeats the same answer. Empty: a new one each time.",
+            description="Random seed, for a reproducible answer when temperature is above 0. If empty, each run is different.",
         ),
         messages: list[dict[str, str]] | None = Input(
             default=None,
-            description='Earlier turns of the conversation, oldest first: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]. For a base model: worked examples. Images of earlier turns come first in order.',
+            description='Earlier turns of the conversation, oldest first: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]. For a base model: few-shot examples. Images of earlier turns come first.',
         ),
         choices: list[str] | None = Input(
             default=None,
-            description="The answer is one of these texts: the most likely one. The metric choices then gives the probability of each.",
+            description="Answer with the most likely of these texts. The metric choices gives the probability of each.",
         ),
         json_schema: dict[str, Any] | None = Input(
             default=None,
-            description='The answer is JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}.',
+            description='Answer with JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}.',
         ),
     ) -> ConcatenateIterator[str]:
-        """Answer a question about images, the text streaming while it is made.
+        """Answer a question about images; yields the text as it is generated.
 
-        What runs here would hold up all predictions, so the work is left to the generator: Cog
-        goes through it in a thread that belongs to the prediction.
+        This coroutine runs in the event loop that all predictions share, so it only checks the
+        inputs. The generator that it returns does the work; Cog iterates over it in a thread of
+        the prediction's own.
         """
         if choices is not None and not choices:
             raise InputError("choices", "is empty; give the texts to choose from or leave it out")
@@ -180,23 +186,22 @@ class Predictor(BasePredictor):
             json_schema=json_schema,
             timeout=self.timeout,
         )
-        # Only here is the scope this prediction's own; the generator's thread knows none.
-        record_metric = self.scope.record_metric
-        return self._texts(request, image, images or (), _prediction(), record_metric)
+        sources = _sources(image, images or ())
+        # `scope` is a context variable of this coroutine, not set in the generator's thread.
+        return self._stream(request, sources, prediction_future(), self.scope.record_metric)
 
-    def _texts(
+    def _stream(
         self,
         request: Request,
-        image: Path | None,
-        images: Sequence[Path],
+        sources: Sequence[tuple[str, Path]],
         prediction: Future[None],
         record_metric: Callable[[str, Any], None],
     ) -> Iterator[str]:
-        """Yield the answer's pieces until it ends or `prediction` is cancelled; record its cost."""
-        images = [
-            self.engine.preprocess_image(source.read_bytes(), name)
-            for name, source in _sources(image, images)
-        ]
+        """Yield the answer's text until it ends or `prediction` is cancelled; record the metrics.
+
+        sources: input name and file of each image, see `_sources`.
+        """
+        images = [self.engine.preprocess_image(file.read_bytes(), name) for name, file in sources]
         answer = self.engine.stream(replace(request, images=images))
         prediction.add_done_callback(lambda _: answer.cancel())
         try:
@@ -210,25 +215,11 @@ class Predictor(BasePredictor):
                     record_metric(name, value)
 
 
-def _prediction() -> Future[None]:
-    """A future that Cog cancels when it cancels the prediction whose coroutine calls this.
-
-    Cog cancels a prediction by the future of its coroutine. Ours returns a generator at once, so
-    that future is done while the text is still made, and to cancel it has no effect. Its `cancel`
-    is therefore replaced. A task has no public way to the future that waits for it; the callback
-    that will hand over the result knows it.
-    """
-    prediction: Future[None] = Future()
-    task: Any = asyncio.current_task()
-    for callback, _ in task._callbacks:
-        for cell in getattr(callback, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, Future):
-                vars(cell.cell_contents)["cancel"] = prediction.cancel
-    return prediction
-
-
 def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
-    """The number above 0 that an environment variable gives; None without it."""
+    """Return the positive number in an environment variable, or None if it is not set.
+
+    Raises InputError for anything else.
+    """
     text = os.environ.get(name)
     if not text:
         return None
@@ -239,10 +230,10 @@ def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
 
 
 def _sources(image: Path | None, images: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The images that Cog has fetched, in their order, each with the name of its input.
+    """Return input name and downloaded file of each image, in order.
 
-    A `str` is what Cog did not take for an address. It must not be opened: it would be a path on
-    this machine, chosen by a stranger.
+    Raises InputError for a value that Cog passed through as a string because it is not a URL.
+    Opening it would let a client read files of this machine.
     """
     sources = [] if image is None else [("image", image)]
     sources += [(f"images[{i}]", path) for i, path in enumerate(images)]

@@ -1,6 +1,6 @@
-"""Cog's face alone: settings, cancelling, failing, health. The server's tests do the rest.
+"""`Predictor` without a server or model: settings, cancellation, failures, health.
 
-Predictions are started, gone through and cancelled here as Cog's worker does it.
+Predictions are started, iterated over and cancelled the way Cog's worker does it.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ class Usage:
 
 
 class SilentAnswer:
-    """Gives one text and then none until it is cancelled."""
+    """Yields one piece of text, then blocks until it is cancelled."""
 
     def __init__(self) -> None:
         self.usage = Usage()
@@ -50,7 +50,7 @@ class SilentAnswer:
 
     def __iter__(self) -> Iterator[str]:
         yield "one "
-        assert self.cancelled.wait(WAIT), "nobody cancels"
+        assert self.cancelled.wait(WAIT), "the answer was not cancelled"
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -63,7 +63,7 @@ class BrokenAnswer(SilentAnswer):
 
 
 class Engine:
-    """Gives out one prepared answer, and keeps what it was asked and loaded with."""
+    """Returns one prepared answer and records its requests and load arguments."""
 
     def __init__(self, answer: SilentAnswer | None = None) -> None:
         self.answer = answer or SilentAnswer()
@@ -80,18 +80,18 @@ class Engine:
         return self.answer
 
     def warm_up(self) -> None:
-        """There is nothing to warm."""
+        """Nothing to do."""
 
     def check(self) -> None:
         if self.failure:
             raise self.failure
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Nothing to do."""
 
 
 def predictor(monkeypatch: pytest.MonkeyPatch, engine: Engine, **settings: str) -> Predictor:
-    """A predictor that is set up, with these environment variables and no others."""
+    """A predictor after `setup`, with only these environment variables set."""
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
@@ -104,7 +104,7 @@ def predictor(monkeypatch: pytest.MonkeyPatch, engine: Engine, **settings: str) 
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop that runs in a thread of its own, as Cog's does."""
+    """An event loop in its own thread, as in Cog's worker."""
     running = asyncio.new_event_loop()
     thread = threading.Thread(target=running.run_forever)
     thread.start()
@@ -117,7 +117,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def start(
     made: Predictor, loop: asyncio.AbstractEventLoop, **inputs: Any
 ) -> tuple[Generator[str, None, None], Future[Any]]:
-    """A prediction's texts, and the future by which Cog cancels it."""
+    """A prediction's text generator, and the future by which Cog cancels it."""
     future: Future[Any] = asyncio.run_coroutine_threadsafe(made.predict(**INPUTS | inputs), loop)
     return future.result(WAIT), future
 
@@ -142,7 +142,7 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["XGENMM_TIMEOUT", "COG_MAX_CONCURRENCY"])
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
-def test_setup_refuses_a_setting_that_is_no_number_above_0(
+def test_setup_rejects_a_setting_that_is_not_a_positive_number(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     with pytest.raises(InputError, match=f"^{name}: must be a number above 0, not '{value}'"):
@@ -162,7 +162,7 @@ def test_inputs_and_settings_reach_the_request(
     assert request.sampling == xgenmm.SamplingParams()
 
 
-def test_cancel_reaches_an_answer_between_texts(
+def test_cancel_while_waiting_for_text(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:
     engine = Engine()
@@ -175,19 +175,19 @@ def test_cancel_reaches_an_answer_between_texts(
         assert isinstance(waiting.exception(WAIT), CancelationException)
 
 
-def test_cancel_before_the_first_text(
+def test_cancel_before_iteration_starts(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:
     engine = Engine()
     texts, future = start(predictor(monkeypatch, engine), loop, question="?")
-    assert not engine.requests, "an answer that Cog does not fetch is never begun"
+    assert not engine.requests, "generation started before Cog iterated"
     future.cancel()
     with pytest.raises(CancelationException):
         list(texts)
     assert engine.answer.cancelled.is_set()
 
 
-def test_cancel_is_for_one_prediction_alone(
+def test_cancel_affects_one_prediction_only(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:
     engine, other = Engine(), SilentAnswer()
@@ -202,7 +202,7 @@ def test_cancel_is_for_one_prediction_alone(
     assert not other.cancelled.is_set()
 
 
-def test_answer_that_cog_no_longer_fetches_is_cancelled(
+def test_closing_the_generator_cancels_the_answer(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:
     engine = Engine()
@@ -212,7 +212,7 @@ def test_answer_that_cog_no_longer_fetches_is_cancelled(
     assert engine.answer.cancelled.is_set()
 
 
-def test_failure_in_the_model_reaches_the_client_after_the_texts(
+def test_engine_failure_is_raised_after_the_text_so_far(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:
     texts, _ = start(predictor(monkeypatch, Engine(BrokenAnswer())), loop, question="?")
@@ -221,10 +221,18 @@ def test_failure_in_the_model_reaches_the_client_after_the_texts(
         next(texts)
 
 
-def test_health_is_the_engine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healthcheck_reports_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     made = predictor(monkeypatch, engine)
     assert made.healthcheck()
     engine.failure = EngineError("no step for 60 s")
     with pytest.raises(EngineError, match="no step for 60 s"):
         made.healthcheck()
+
+
+def test_missing_cancellation_hook_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = predictor(monkeypatch, Engine())
+    asyncio.run(made.predict(**INPUTS | {"question": "?"}))  # not started the way Cog does it
+    assert "cancelling has no effect" in caplog.text

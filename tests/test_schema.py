@@ -1,6 +1,6 @@
-"""The files that Cog reads: the schema agrees with predict.py; cog.yaml and the pins are right.
+"""The files that Cog reads: openapi.json agrees with predict.py, cog.yaml and the pins are valid.
 
-`openapi.json` is what Cog's own generator makes of predict.py: `cog build` leaves it in
+`openapi.json` is the output of Cog's own generator for predict.py, which `cog build` writes to
 `.cog/openapi_schema.json`. `tests/data/cog-yaml-schema.json` is Cog's schema of cog.yaml (from
 pkg/config/data in its repository).
 """
@@ -35,7 +35,7 @@ JSON_TYPES = {str: "string", cog.Path: "string", int: "integer", float: "number"
 
 
 def json_type(annotation: Any) -> dict[str, Any]:
-    """What Cog's generator makes of a type that predict.py uses."""
+    """The JSON schema that Cog's generator produces for a type used in predict.py."""
     if isinstance(annotation, types.UnionType):
         (given,) = (kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
         return json_type(given) | {"nullable": True}
