@@ -1,4 +1,4 @@
-"""Images to tiles, on cases one can follow by hand."""
+"""Canvas selection, padding and tile order, on examples small enough to check by hand."""
 
 import numpy as np
 import pytest
@@ -16,22 +16,22 @@ SMALL = TilingConfig(grids=((4, 8), (8, 4), (8, 8), (12, 4), (4, 12)))
         ((1000, 1000), (768, 768)),
         ((4000, 1000), (1152, 384)),
         ((100, 3000), (384, 1152)),
-        ((384, 384), (384, 768)),  # both two-tile canvases keep all; the first in the list wins
+        ((384, 384), (384, 768)),  # both two-tile canvases keep all pixels: the first wins
         ((1, 1), (384, 768)),
         ((700, 380), (768, 384)),
     ],
 )
-def test_best_canvas(size: tuple[int, int], canvas: tuple[int, int]) -> None:
+def test_canvas_selection(size: tuple[int, int], canvas: tuple[int, int]) -> None:
     assert select_best_resolution(size, GRIDS_384) == canvas
 
 
-def test_image_is_centred_on_black() -> None:
+def test_resized_image_is_centred_on_black() -> None:
     canvas = resize_and_pad(Image.new("RGB", (100, 20), "white"), (12, 4))
     rows = [canvas.getpixel((6, y)) for y in range(4)]
     assert rows == [(255, 255, 255)] * 3 + [(0, 0, 0)]  # 12 x ceil(2.4), (4 - 3) // 2 above it
 
 
-def test_whole_image_comes_first_then_the_canvas_row_by_row() -> None:
+def test_base_tile_comes_first_then_the_canvas_row_by_row() -> None:
     image = Image.new("RGB", (8, 8))
     for place, color in (((0, 0), 10), ((4, 0), 20), ((0, 4), 30), ((4, 4), 40)):
         image.paste((color, color, color), (*place, place[0] + 4, place[1] + 4))
@@ -42,7 +42,7 @@ def test_whole_image_comes_first_then_the_canvas_row_by_row() -> None:
     assert [int(tile[2, 2, 0]) for tile in tiles.pixels[1:]] == [10, 20, 30, 40]
 
 
-def test_squash_and_pad_make_one_tile() -> None:
+def test_squash_and_pad_modes_give_one_tile() -> None:
     image = Image.new("RGB", (80, 20), "white")
     squashed = tile_image(image, TilingConfig("squash", ()), 8)
     padded = tile_image(image, TilingConfig("pad", ()), 8)

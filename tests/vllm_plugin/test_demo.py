@@ -113,7 +113,7 @@ def test_an_answer_keeps_to_a_choice(llm: LLM) -> None:
         ([{"role": "user", "content": "What is in <image>?"}], "images: 0 given, but 1 <image>"),
         (
             [{"role": "user", "content": "1"}, {"role": "user", "content": "2"}],
-            "messages: number 1, the last, must be from assistant",
+            "messages: message 1, the last, must be from assistant",
         ),
     ],
 )

@@ -36,7 +36,8 @@ from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
-from xgenmm.preprocessing.tokenizer import Convention, Tokenizer
+from xgenmm.preprocessing.tokenizer import Tokenizer
+from xgenmm.preprocessing.tokenizer_files import Convention
 
 TOLERANCES: Mapping[str, float] = {
     "tiles": 1e-6,

@@ -1,9 +1,7 @@
-"""A file or its bytes in, one upright RGB image out, or an `InputError` that says what is wrong.
+"""Decoding of image files to 8-bit RGB, upright, at most `MAX_PIXELS`.
 
-Everything a user may send is settled here, so that the rest of the library sees a single kind of
-image: 8-bit RGB, turned as the camera was held, at most `MAX_PIXELS`. Files come from strangers:
-the size is checked on the header, before anything is decoded, and only the formats of `FORMATS`
-are tried (Pillow would hand some others to outside programs).
+Files are untrusted: the size is checked from the header before any pixel is decoded, and only
+`FORMATS` are tried, since Pillow passes some others to external programs (EPS to Ghostscript).
 """
 
 import io
@@ -21,10 +19,10 @@ MAX_PIXELS = 64_000_000
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 
-_KNOWN = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+_COMMON_FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 
 _ORIENTATION_TAG = 0x0112
-_TURN_UPRIGHT = {
+_UPRIGHT_TRANSFORM = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,42 +31,45 @@ _TURN_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each value of the EXIF orientation (EXIF 2.32, tag 274); 1 is upright."""
+"""Transform that undoes each EXIF orientation (EXIF 2.32, tag 274); 1 is upright already."""
 
 
 def read_image(
     source: bytes | str | os.PathLike[str] | BinaryIO, name: str = "image"
 ) -> Image.Image:
-    """Read an image; `name` is the input that errors speak of.
+    """Decode an image to upright RGB.
 
-    source: an encoded image's bytes, the path of a file, or a file opened for reading bytes.
+    Animations yield their first frame. Transparent pixels are composited over white: dropping the
+    alpha channel, as the original implementation does, exposes whatever colour the file stores
+    there, often black, and black text on a transparent background disappears. 16-bit grey levels
+    are scaled to 8 bits, not clipped. Colour profiles are ignored.
 
-    Of an animation the first frame counts. Transparency is laid on white, as a viewer shows it:
-    dropping it, as the original does, uncovers whatever colour the file holds underneath, often
-    black, so that black writing on a transparent ground would vanish. Grey levels of 16 bits are
-    scaled to 8 rather than clipped. Colour profiles are not applied.
+    Args:
+        source: the encoded bytes, a path, or a file opened in binary mode.
+        name: the input's name in error messages.
 
-    Raises `InputError` for a file that is missing, empty, no image, damaged, or of more than
-    `MAX_PIXELS`.
+    Raises:
+        InputError: the file is missing, empty, damaged, not an image, or has more than
+            `MAX_PIXELS` pixels.
     """
-    with _opened(source, name) as file:
-        image = _header(file, name)
+    with _open(source, name) as file:
+        image = _read_header(file, name)
         _check_size(image, name)
         try:
             image.load()
-        except Exception as error:  # damaged files raise nearly anything in Pillow's decoders
+        except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
             raise InputError(
                 name, f"the {image.format} file is damaged or cut short ({error}); send it again"
             ) from error
         orientation = _orientation(image)
-        rgb = _rgb(image)
-    if orientation in _TURN_UPRIGHT:
-        rgb = rgb.transpose(_TURN_UPRIGHT[orientation])
-    rgb.info.clear()  # a kept orientation would turn the image a second time
+        rgb = _to_rgb(image)
+    if orientation in _UPRIGHT_TRANSFORM:
+        rgb = rgb.transpose(_UPRIGHT_TRANSFORM[orientation])
+    rgb.info.clear()  # an orientation left here would be applied a second time
     return rgb
 
 
-def _opened(
+def _open(
     source: bytes | str | os.PathLike[str] | BinaryIO, name: str
 ) -> AbstractContextManager[BinaryIO]:
     if isinstance(source, bytes):
@@ -86,10 +87,10 @@ def _opened(
     return io.BytesIO(source.read())
 
 
-def _header(file: BinaryIO, name: str) -> Image.Image:
-    """The image with its size known and its pixels not yet decoded."""
+def _read_header(file: BinaryIO, name: str) -> Image.Image:
+    """Identify the image and read its size, without decoding pixels."""
     if file.seek(0, io.SEEK_END) == 0:
-        raise InputError(name, f"the file is empty; send a {_KNOWN} image")
+        raise InputError(name, f"the file is empty; send a {_COMMON_FORMATS} image")
     file.seek(0)
     try:
         return Image.open(file, formats=FORMATS)
@@ -97,9 +98,9 @@ def _header(file: BinaryIO, name: str) -> Image.Image:
         raise _too_large(name, "far more pixels") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            name, f"the file is no image or is damaged; send a {_KNOWN} image"
+            name, f"the file is not an image or is damaged; send a {_COMMON_FORMATS} image"
         ) from error
-    except Exception as error:  # as in read_picture
+    except Exception as error:  # as in `read_image`
         raise InputError(
             name, f"the file is damaged or cut short ({error}); send it again"
         ) from error
@@ -121,15 +122,15 @@ def _too_large(name: str, size: str) -> InputError:
 def _orientation(image: Image.Image) -> int | None:
     try:
         value = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # an image with broken EXIF data is still an image
+    except Exception:  # broken EXIF data does not make the image unusable
         return None
     return value if isinstance(value, int) else None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, a new image."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to 8-bit RGB, as a new image."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _eight_bit(image).convert("RGB")
+        return _to_8_bit(image).convert("RGB")
     if image.has_transparency_data:
         overlay = image.convert("RGBA")
         white = Image.new("RGBA", overlay.size, "white")
@@ -137,11 +138,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits, 32 bits or floats -> 8 bits ("L").
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Convert 16-bit, 32-bit or float greyscale to 8 bits (mode "L").
 
-    White is 65535 for integers and 1 for floats. Values outside have no white that the file would
-    tell: they are stretched from their smallest to their greatest. What is no number is black.
+    White is 65535 for integers and 1.0 for floats. If any value lies outside, the white point is
+    unknown and the image's own minimum and maximum become black and white. NaN and infinity
+    become 0.
     """
     levels = np.array(image, dtype=np.float64)
     np.nan_to_num(levels, copy=False, nan=0, posinf=0, neginf=0)

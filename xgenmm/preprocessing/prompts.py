@@ -1,12 +1,9 @@
-"""Turns and examples -> a `Prompt`: token ids, and where in them each image goes.
+"""Prompt templates: a conversation -> token ids and the position of each image among them.
 
-Two styles, as the models were trained: a chat for the instruct models, few-shot examples for the
-base models. The template's own marks are the only special tokens of a prompt. Whatever a person
-wrote - the question, the system prompt, earlier turns - is text, also where it spells a special
-token, so nobody can forge a turn. The one exception is `<image>` in a question or an earlier user
-message, which places an image.
-
-Pure: knows ids and counts, nothing of pixels or models.
+The instruct models take a chat, the base models few-shot examples. User text cannot inject control
+tokens: only the template inserts special tokens, and a special token spelled out in a question,
+system prompt or message is encoded as plain text. The one exception is `<image>` in a question or
+an earlier user message, which marks where an image goes.
 """
 
 from collections.abc import Sequence
@@ -35,7 +32,7 @@ DEFAULT_SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class Message:
-    """An earlier turn, or half of a few-shot example."""
+    """An earlier turn of a chat, or one half of a few-shot example."""
 
     role: Role
     content: str
@@ -43,10 +40,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids` with, for each image, the run of them that its vision tokens replace.
+    """Token ids of a prompt, and which of them the vision tokens replace.
 
-    `spans` holds (start, length) of each run, in the order of the images. The length is 1 in a
-    chat and the number of latents in a few-shot prompt.
+    `spans` holds one (start, length) per image, in order: the range of `ids` that the image's
+    vision tokens replace. The length is 1 in a chat and the number of latents in a few-shot
+    prompt.
     """
 
     ids: tuple[int, ...]
@@ -54,28 +52,31 @@ class Prompt:
 
 
 def parse_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
-    """Earlier turns as a client sends them, `{"role": ..., "content": ...}`, checked.
+    """Validate earlier turns from a client, each `{"role": ..., "content": ...}`.
 
-    Raises InputError("messages", ...), which names the message by its number from 1.
+    Raises:
+        InputError: names `messages` and the offending message, counted from 1.
     """
     messages = []
     for number, item in enumerate(raw, start=1):
         if not isinstance(item, dict):
             kind = type(item).__name__
-            raise InputError("messages", f"number {number} must be an object, not {kind}")
+            raise InputError("messages", f"message {number} must be an object, not {kind}")
         if item.keys() != {"role", "content"}:
             keys = ", ".join(map(str, item)) or "nothing"
-            raise InputError("messages", f"number {number} must have role and content, not {keys}")
+            raise InputError("messages", f"message {number} must have role and content, not {keys}")
         if not isinstance(item["content"], str):
             kind = type(item["content"]).__name__
-            raise InputError("messages", f"the content of number {number} must be text, not {kind}")
+            raise InputError(
+                "messages", f"the content of message {number} must be text, not {kind}"
+            )
         messages.append(Message(item["role"], item["content"]))
     _check_turns(messages)
     return tuple(messages)
 
 
 def request_prompt(
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     config: XGenMMConfig,
     question: str,
     *,
@@ -83,35 +84,41 @@ def request_prompt(
     system_prompt: str | None = None,
     messages: Sequence[Message] = (),
 ) -> Prompt:
-    """The prompt in the style of the checkpoint: `chat_prompt` or `few_shot_prompt`.
+    """Build the prompt in the checkpoint's style: `chat_prompt` or `few_shot_prompt`.
 
-    Few-shot prompts have no system prompt. Raises InputError as those do.
+    `system_prompt` is ignored for few-shot prompts. Raises InputError as those functions do.
     """
     if config.text.prompt == "few_shot":
         latents = config.resampler.num_latents
         return few_shot_prompt(
-            tokens, question, images=images, num_latents=latents, messages=messages
+            tokenizer, question, images=images, num_latents=latents, messages=messages
         )
     return chat_prompt(
-        tokens, question, images=images, system_prompt=system_prompt, messages=messages
+        tokenizer, question, images=images, system_prompt=system_prompt, messages=messages
     )
 
 
 def chat_prompt(
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     question: str,
     *,
     images: int,
     system_prompt: str | None = None,
     messages: Sequence[Message] = (),
 ) -> Prompt:
-    """The prompt of an instruct model, up to where its answer begins.
+    """Build the prompt of an instruct model, up to the start of its answer.
 
-    `system_prompt` None is `DEFAULT_SYSTEM_PROMPT`, "" leaves the system turn out. `messages` are
-    the earlier turns: user, assistant, user, assistant, ... `<image>` in the question and in user
-    messages places the images, in order; without any, all go first in the first user turn, each
-    on a line of its own. Raises InputError for turns in the wrong order, text that is not valid
-    Unicode, and a number of images that is not the number of `<image>`.
+    Each `<image>` in the question or a user message is the place of one image, in order. If there
+    is none, all images go to the start of the first user turn, each on its own line.
+
+    Args:
+        images: number of images.
+        system_prompt: None is `DEFAULT_SYSTEM_PROMPT`; "" omits the system turn.
+        messages: the earlier turns, alternating user and assistant.
+
+    Raises:
+        InputError: the turns do not alternate, a text is not valid Unicode, or the number of
+            images differs from the number of `<image>`.
     """
     system = DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt
     _check_turns(messages)
@@ -122,30 +129,37 @@ def chat_prompt(
     answers = [m.content for m in messages if m.role == "assistant"]
     if not any(IMAGE in user for user in users):
         users[0] = f"{IMAGE}\n" * images + users[0]
-    _check_count(users, images)
+    _check_image_count(users, images)
 
-    pieces: list[Segment] = [SYSTEM, "\n", system, END, "\n"] if system else []
+    segments: list[Segment] = [SYSTEM, "\n", system, END, "\n"] if system else []
     for i, user in enumerate(users):
-        pieces += [USER, "\n", *_with_images(user, [IMAGE]), END, "\n", ASSISTANT, "\n"]
+        segments += [USER, "\n", *_insert_images(user, [IMAGE]), END, "\n", ASSISTANT, "\n"]
         if i < len(answers):
-            pieces += [answers[i], END, "\n"]
-    return _prompt(tokens, pieces, run=1)
+            segments += [answers[i], END, "\n"]
+    return _encode_prompt(tokenizer, segments, span_length=1)
 
 
 def few_shot_prompt(
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     question: str,
     *,
     images: int,
     num_latents: int,
     messages: Sequence[Message] = (),
 ) -> Prompt:
-    """The prompt of a base model: examples, then the question, for it to continue.
+    """Build the prompt of a base model: examples, then the question for the model to continue.
 
-    `messages` are the examples, a user message and the assistant's answer each. `<image>` in the
-    question and in user messages places the images, in order. Without any, there is one for each
-    example and one for the question, or without examples all go in front of the question. Raises
-    InputError as `chat_prompt` does.
+    Each `<image>` in the question or a user message is the place of one image, in order. If there
+    is none, each example and the question get one image at their start; without examples, all
+    images go in front of the question.
+
+    Args:
+        images: number of images.
+        num_latents: vision tokens per image.
+        messages: the examples, a user message and an assistant message each.
+
+    Raises:
+        InputError: as `chat_prompt`.
     """
     _check_turns(messages)
     _check_text("question", question)
@@ -163,29 +177,32 @@ def few_shot_prompt(
                 f"{images} given, {len(users)} needed: one for each of the {len(answers)} "
                 f"examples and one for the question, or place them with {IMAGE}",
             )
-    _check_count(users, images)
+    _check_image_count(users, images)
 
-    run = [IMAGE] + [IMAGE_PLACEHOLDER] * (num_latents - 1)
-    pieces: list[Segment] = []
+    image_tokens = [IMAGE] + [IMAGE_PLACEHOLDER] * (num_latents - 1)
+    segments: list[Segment] = []
     for user, answer in zip(users, answers, strict=False):
-        pieces += [*_with_images(user, run), answer, END_OF_CHUNK]
-    pieces += _with_images(users[-1], run)
-    return _prompt(tokens, pieces, run=num_latents)
+        segments += [*_insert_images(user, image_tokens), answer, END_OF_CHUNK]
+    segments += _insert_images(users[-1], image_tokens)
+    return _encode_prompt(tokenizer, segments, span_length=num_latents)
 
 
-def _prompt(tokens: Tokenizer, pieces: Sequence[Segment], run: int) -> Prompt:
-    ids = tuple(tokens.encode_segments(pieces))
-    image = tokens.id(IMAGE)
-    return Prompt(ids, tuple((start, run) for start, id in enumerate(ids) if id == image))
+def _encode_prompt(
+    tokenizer: Tokenizer, segments: Sequence[Segment], *, span_length: int
+) -> Prompt:
+    ids = tuple(tokenizer.encode_segments(segments))
+    image_id = tokenizer.id(IMAGE)
+    spans = tuple((start, span_length) for start, token in enumerate(ids) if token == image_id)
+    return Prompt(ids, spans)
 
 
-def _with_images(text: str, run: Sequence[Segment]) -> list[Segment]:
-    """The text in pieces, each `<image>` in it replaced by `run`."""
+def _insert_images(text: str, image_tokens: Sequence[Segment]) -> list[Segment]:
+    """Split text at each `<image>` and put `image_tokens` in its place."""
     first, *rest = text.split(IMAGE)
-    pieces: list[Segment] = [first]
+    segments: list[Segment] = [first]
     for part in rest:
-        pieces += [*run, part]
-    return pieces
+        segments += [*image_tokens, part]
+    return segments
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
@@ -193,25 +210,25 @@ def _check_turns(messages: Sequence[Message]) -> None:
         role: str = message.role
         if role == "system":
             raise InputError(
-                "messages", f"number {number} has the role system: give that text as system_prompt"
+                "messages", f"message {number} has the role system: use system_prompt instead"
             )
         if role not in get_args(Role):
             raise InputError(
-                "messages", f"number {number} has the role {role!r}, not user or assistant"
+                "messages", f"message {number} has the role {role!r}, not user or assistant"
             )
         expected = "user" if number % 2 else "assistant"
         if role != expected:
             raise InputError(
                 "messages",
-                f"number {number} must be from {expected}, not {role}: turns alternate, "
+                f"message {number} must be from {expected}, not {role}: turns alternate, "
                 "starting with user",
             )
         _check_text("messages", message.content)
     if len(messages) % 2:
         raise InputError(
             "messages",
-            f"number {len(messages)}, the last, must be from assistant: what the user asks next "
-            "is the question",
+            f"message {len(messages)}, the last, must be from assistant: put the user's next turn "
+            "into question",
         )
 
 
@@ -220,13 +237,16 @@ def _check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            name, f"half a character (a lone surrogate) at position {error.start}"
+            name,
+            f"invalid Unicode (a lone surrogate) at position {error.start}; send well-formed text",
         ) from error
 
 
-def _check_count(users: Sequence[str], images: int) -> None:
+def _check_image_count(users: Sequence[str], images: int) -> None:
     places = sum(user.count(IMAGE) for user in users)
     if places != images:
         raise InputError(
-            "images", f"{images} given, but {places} {IMAGE} in the question and user messages"
+            "images",
+            f"{images} given, but {places} {IMAGE} in question and user messages; "
+            "the numbers must match",
         )

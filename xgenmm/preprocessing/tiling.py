@@ -1,8 +1,8 @@
-"""An image cut into tiles.
+"""Any-resolution tiling: an image is cut into tiles of the vision encoder's input size.
 
-Pure functions of an image and a `TilingConfig`; knows nothing of models, and does without PyTorch
-in processes that only read. Sizes are (width, height), grids of tiles are (columns, rows). Follows
-the original `Blip3ImageProcessor` (any-resolution code descends from LLaVA-NeXT's `mm_utils.py`).
+Pure functions of an image and a `TilingConfig`, without PyTorch. Sizes are (width, height) in
+pixels, grids are (columns, rows) in tiles. Follows the original `Blip3ImageProcessor`, whose
+any-resolution code comes from LLaVA-NeXT (`llava/mm_utils.py`).
 """
 
 import math
@@ -18,11 +18,13 @@ from xgenmm.config import Size, TilingConfig
 
 @dataclass(frozen=True)
 class TiledImage:
-    """One image as the tower wants it.
+    """The tiles of one image.
 
-    pixels: uint8 [tiles, tile, tile, 3]; the whole image first, then the canvas row by row.
-    columns, rows: the canvas in tiles; 0 x 0 if there is only the whole image.
-    image_size: (width, height) of the image, from which the padding mask follows.
+    Attributes:
+        pixels: uint8 [tiles, tile_size, tile_size, 3]: first the base tile (the whole image,
+            resized), then the tiles of the canvas, row by row.
+        columns, rows: grid of the canvas in tiles; 0 x 0 if there is only the base tile.
+        image_size: (width, height) of the original image, from which the padding mask is computed.
     """
 
     pixels: NDArray[np.uint8]
@@ -32,40 +34,48 @@ class TiledImage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the pixels take."""
+        """Memory taken by the pixels."""
         return self.pixels.nbytes
 
 
-def tile_image(image: Image.Image, config: TilingConfig, tile: int) -> TiledImage:
-    """Cut an RGB `image` into tiles of `tile` pixels a side."""
-    whole = _to_square(image, config, tile)
+def tile_image(image: Image.Image, config: TilingConfig, tile_size: int) -> TiledImage:
+    """Cut an RGB image into square tiles of `tile_size` pixels a side."""
+    base = _resize_to_tile(image, config, tile_size)
     if config.mode != "anyres":
-        return TiledImage(_stack([whole]), 0, 0, image.size)
+        return TiledImage(_stack([base]), 0, 0, image.size)
     canvas_size = select_best_resolution(image.size, config.grids)
     canvas = resize_and_pad(image, canvas_size)
-    columns, rows = canvas_size[0] // tile, canvas_size[1] // tile
-    cells = [
-        canvas.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile))
-        for y in range(rows)
-        for x in range(columns)
+    columns, rows = canvas_size[0] // tile_size, canvas_size[1] // tile_size
+    tiles = [
+        canvas.crop((x, y, x + tile_size, y + tile_size))
+        for y in range(0, rows * tile_size, tile_size)
+        for x in range(0, columns * tile_size, tile_size)
     ]
-    return TiledImage(_stack([whole, *cells]), columns, rows, image.size)
+    return TiledImage(_stack([base, *tiles]), columns, rows, image.size)
 
 
 def select_best_resolution(size: Size, grids: Sequence[Size]) -> Size:
-    """The canvas that keeps most of the image's pixels; then the least waste, in list order."""
+    """Choose the canvas of highest effective resolution, then of least wasted area.
+
+    The effective resolution is the number of the image's own pixels that survive resizing; ties
+    go to the first canvas in the list.
+    """
     width, height = size
 
-    def merit(canvas: Size) -> tuple[int, int]:
+    def score(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[0] / width, canvas[1] / height)
         effective = min(int(width * scale) * int(height * scale), width * height)
         return effective, effective - canvas[0] * canvas[1]
 
-    return max(grids, key=merit)  # max keeps the first of equals
+    return max(grids, key=score)  # the first of equal scores
 
 
 def resize_and_pad(image: Image.Image, canvas_size: Size) -> Image.Image:
-    """The image resized into the canvas with its aspect kept, centred on black."""
+    """Resize an image to fit the canvas, keeping its aspect ratio, and centre it on black.
+
+    Rounds as the original does: the new size up, the offset down. The filter is Pillow's default
+    (bicubic).
+    """
     (width, height), (canvas_width, canvas_height) = image.size, canvas_size
     scale_x, scale_y = canvas_width / width, canvas_height / height
     if scale_x < scale_y:
@@ -78,14 +88,15 @@ def resize_and_pad(image: Image.Image, canvas_size: Size) -> Image.Image:
     return canvas
 
 
-def _to_square(image: Image.Image, config: TilingConfig, tile: int) -> Image.Image:
+def _resize_to_tile(image: Image.Image, config: TilingConfig, tile_size: int) -> Image.Image:
+    """Resize the whole image to one tile; mode "pad" first pads it to a square of mean colour."""
     if config.mode == "pad" and image.width != image.height:
         side = max(image.size)
         mean = tuple(int(255 * value) for value in config.mean)
         square = Image.new("RGB", (side, side), mean)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
-    return image.resize((tile, tile), Image.Resampling.BICUBIC)
+    return image.resize((tile_size, tile_size), Image.Resampling.BICUBIC)
 
 
 def _stack(images: Sequence[Image.Image]) -> NDArray[np.uint8]:
