@@ -42,8 +42,9 @@ from xgenmm.checkpoints.registry import read_config
 from xgenmm.config import DecoderConfig, ResamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.evaluation.parity import all_logits
 from xgenmm.kernels.cuda_graphs import Decode, build_decode_step
+from xgenmm.models.kv_cache import KVCache
 from xgenmm.models.linear import use_onednn
-from xgenmm.models.phi3 import KVCache, Phi3Decoder
+from xgenmm.models.phi3 import Phi3Decoder
 from xgenmm.models.phi3_huggingface import to_transformers
 from xgenmm.models.quantization import QUANTIZATIONS, check_quantization, drift
 from xgenmm.models.xgenmm import XGenMM

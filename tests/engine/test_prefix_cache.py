@@ -7,7 +7,7 @@ import torch
 
 from xgenmm.config import DecoderConfig
 from xgenmm.engine.prefix_cache import BLOCK, LRUCache, PrefixCache, PromptHashes, image_key
-from xgenmm.models.phi3 import KVCache
+from xgenmm.models.kv_cache import KVCache
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
 

@@ -19,7 +19,8 @@ from xgenmm.kernels import decode_step as kernel_step
 from xgenmm.kernels import triton_ops as kernels
 from xgenmm.kernels.cuda_graphs import CudaGraphRunner
 from xgenmm.kernels.decode_step import KernelDecodeStep, rotary_tables
-from xgenmm.models.phi3 import KVCache, rotary_angles
+from xgenmm.models.kv_cache import KVCache
+from xgenmm.models.phi3 import rotary_angles
 from xgenmm.models.quantization import QUANTIZATIONS, quantize_linear_layers, quantize_weight
 from xgenmm.models.xgenmm import XGenMM
 

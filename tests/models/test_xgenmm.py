@@ -1,10 +1,8 @@
-"""The model against transformers' Phi-3, against itself in batches, and its full-size layout."""
+"""The model against the Phi-3 of `transformers`, batches against single rows, released layout."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
-import psutil
 import pytest
 import torch
 
@@ -13,7 +11,8 @@ from xgenmm.config import INTERLEAVE, RELEASES, DecoderConfig
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.evaluation.parity import golden_model
-from xgenmm.models.phi3 import KVCache, Phi3Decoder, visible_keys
+from xgenmm.models.kv_cache import KVCache
+from xgenmm.models.phi3 import Phi3Decoder, visible_keys
 from xgenmm.models.phi3_huggingface import to_transformers
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
@@ -39,7 +38,7 @@ def random_decoder(config: DecoderConfig = TINY) -> Phi3Decoder:
 
 
 def run(decoder: Phi3Decoder, embeds: torch.Tensor, chunks: Sequence[int]) -> torch.Tensor:
-    """Hidden states of one row, given to the decoder in chunks of these lengths."""
+    """Final hidden states of one row that is prefilled in chunks of these lengths."""
     length = embeds.shape[0]
     cache = KVCache.allocate(
         decoder.config, 1, length, device=torch.device("cpu"), dtype=torch.float32
@@ -47,27 +46,15 @@ def run(decoder: Phi3Decoder, embeds: torch.Tensor, chunks: Sequence[int]) -> to
     hidden, start = [], 0
     for chunk in chunks:
         positions = torch.arange(start, start + chunk)[None]
-        part = embeds[None, start : start + chunk]
-        hidden.append(decoder(part, positions, cache, start + chunk)[0])
+        chunk_embeds = embeds[None, start : start + chunk]
+        hidden.append(decoder(chunk_embeds, positions, cache, start + chunk)[0])
         start += chunk
     assert start == length
     return torch.cat(hidden)
 
 
-def test_a_cache_takes_memory_only_where_it_is_written() -> None:
-    config = replace(TINY, hidden_size=256, num_heads=8)
-    cache = KVCache.allocate(config, 16, 4096, device=torch.device("cpu"), dtype=torch.float32)
-    process = psutil.Process()
-    before = process.memory_info().rss
-    cache.keys[..., :32, :] = 1
-    cache.values[..., :32, :] = 1
-    written = 2 * cache.keys[..., :32, :].nbytes
-    taken = process.memory_info().rss - before
-    assert written / 2 < taken < 2 * written < cache.keys.nbytes / 16
-
-
 @pytest.mark.parametrize("length", [1, 7, 41, 42, 130])
-def test_decoder_equals_transformers_also_past_the_window(length: int) -> None:
+def test_decoder_equals_transformers_within_and_beyond_the_window(length: int) -> None:
     decoder = random_decoder()
     ids = torch.randint(0, TINY.initial_vocab, (length,))
     with torch.no_grad():
@@ -79,21 +66,21 @@ def test_decoder_equals_transformers_also_past_the_window(length: int) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[1] * 90, [50, 40], [3, 60, 1, 1, 25]])
-def test_prefill_in_chunks_and_decode_steps_equal_one_pass(chunks: list[int]) -> None:
+def test_chunked_prefill_and_decode_steps_equal_a_single_pass(chunks: list[int]) -> None:
     decoder = random_decoder()
     embeds = torch.randn(90, TINY.hidden_size)
     whole = run(decoder, embeds, [90])
     torch.testing.assert_close(run(decoder, embeds, chunks), whole, rtol=0, atol=1e-5)
 
 
-def test_full_size_window_sees_2048_keys() -> None:
+def test_window_of_the_released_models_covers_2048_keys() -> None:
     config = RELEASES[INTERLEAVE].decoder
-    seen = visible_keys(torch.tensor([[0, 2047, 2048, 4095]]), 4096, config.window_keys)
-    assert seen.sum(-1).flatten().tolist() == [1, 2048, 2048, 2048]
-    assert seen[0, 0, 2].nonzero()[0].item() == 1  # position 2048 no longer sees position 0
+    visible = visible_keys(torch.tensor([[0, 2047, 2048, 4095]]), 4096, config.window_keys)
+    assert visible.sum(-1).flatten().tolist() == [1, 2048, 2048, 2048]
+    assert visible[0, 0, 2].nonzero()[0].item() == 1  # position 2048 does not attend to position 0
 
 
-def test_uncached_pass_equals_the_cached_one() -> None:
+def test_pass_without_a_cache_equals_one_with_it() -> None:
     decoder = random_decoder()
     embeds = torch.randn(30, TINY.hidden_size)
     positions = torch.arange(30)[None]
@@ -108,7 +95,7 @@ def golden() -> XGenMM:
     return golden_model(folder, json.loads((folder / "cases.json").read_text()))
 
 
-def test_rows_of_a_batch_equal_the_rows_alone(golden: XGenMM) -> None:
+def test_batched_generation_equals_generation_of_single_rows(golden: XGenMM) -> None:
     torch.manual_seed(6)
     prompts = [torch.randn(length, 64) for length in (3, 60, 17, 1)]
     expected = []
@@ -127,7 +114,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(golden: XGenMM) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1, 3, 100])
-def test_a_part_is_padded_as_far_as_the_cache_has_room(golden: XGenMM, room: int) -> None:
+def test_padding_of_a_chunk_does_not_change_its_logits(golden: XGenMM, room: int) -> None:
     torch.manual_seed(3)
     embeds = torch.randn(13, golden.config.decoder.hidden_size)
     expected = golden.prefill([embeds], golden.cache(1, 16))
@@ -137,24 +124,24 @@ def test_a_part_is_padded_as_far_as_the_cache_has_room(golden: XGenMM, room: int
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_row_left_in_the_cache_is_not_seen_by_the_next(golden: XGenMM) -> None:
+def test_a_reused_cache_row_does_not_affect_the_next_sequence(golden: XGenMM) -> None:
     torch.manual_seed(7)
     prompt = torch.randn(9, 64)
     cache = golden.cache(1, 50)
-    clean = golden.prefill([prompt], cache)
+    expected = golden.prefill([prompt], cache)
     golden.prefill([torch.randn(50, 64)], cache)
-    torch.testing.assert_close(golden.prefill([prompt], cache), clean, rtol=0, atol=0)
+    torch.testing.assert_close(golden.prefill([prompt], cache), expected, rtol=0, atol=0)
 
 
-def test_images_are_encoded_alike_alone_and_together(golden: XGenMM) -> None:
+def test_batched_image_encoding_equals_encoding_of_single_images(golden: XGenMM) -> None:
     folder = golden_data.folder("v15_anyres") / "images"
     tiles = [
         tile_image(read_image(folder / name), golden.config.tiling, 42)
         for name in ("panorama_0.png", "tall_0.png", "one_pixel_0.png")
     ]
-    together = golden.encode(tiles)
-    for one, expected in zip(tiles, together, strict=True):
-        torch.testing.assert_close(golden.encode([one])[0], expected, rtol=0, atol=1e-5)
+    batched = golden.encode(tiles)
+    for image, expected in zip(tiles, batched, strict=True):
+        torch.testing.assert_close(golden.encode([image])[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +152,7 @@ def test_images_are_encoded_alike_alone_and_together(golden: XGenMM) -> None:
         ("blip3-phi3-mini-instruct-r-v1", "xgen-mm-phi3-mini-instruct-r-v1"),
     ],
 )
-def test_full_size_layout_is_the_released_one(manifest: str, release: str) -> None:
+def test_parameter_names_and_shapes_equal_the_released_ones(manifest: str, release: str) -> None:
     path = golden_data.folder("manifests") / f"{manifest}.json"
     expected = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
     with torch.device("meta"):

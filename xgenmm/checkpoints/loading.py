@@ -167,7 +167,7 @@ def load_parameters(
                     start += len(run)
         finally:
             buffers.put(buffer)
-        return quantization.stored(tensor.name, values, quantize)
+        return quantization.quantized_state(tensor.name, values, quantize)
 
     state: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(READERS) as pool:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xgenmm.models.phi3 import KVCache
+from xgenmm.models.kv_cache import KVCache
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
 

@@ -34,7 +34,7 @@ from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.engine.structured_output import Grammar
 from xgenmm.errors import EngineError, InputError
 from xgenmm.kernels.cuda_graphs import build_decode_step
-from xgenmm.models.xgenmm import XGenMM, padded
+from xgenmm.models.xgenmm import XGenMM, padded_length
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
 
@@ -404,7 +404,7 @@ class Scheduler:
             if job.embeds is None:
                 continue
             part = job.embeds[job.length : job.length + CHUNK]
-            longest = max(longest, padded(len(part)))
+            longest = max(longest, padded_length(len(part)))
             if batch and (len(batch) + 1) * longest > CHUNK:
                 break
             batch.append((job, part))

@@ -13,7 +13,7 @@ import torch
 
 from xgenmm.config import XGenMMConfig
 from xgenmm.garbage import uncollected
-from xgenmm.models.phi3 import KVCache
+from xgenmm.models.kv_cache import KVCache
 from xgenmm.models.quantization import quantize_linear_layers
 from xgenmm.models.xgenmm import XGenMM
 

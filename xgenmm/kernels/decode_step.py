@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from xgenmm.kernels import triton_ops as kernels
-from xgenmm.models.phi3 import DecoderLayer, KVCache
+from xgenmm.models.kv_cache import KVCache
+from xgenmm.models.phi3 import DecoderLayer
 from xgenmm.models.quantization import QuantizedLinear
 from xgenmm.models.xgenmm import XGenMM
 
@@ -33,7 +34,7 @@ class KernelDecodeStep:
         self.cache = cache
         self.config = model.config.decoder
         self.rotary = rotary_tables(
-            cache.positions, self.config.head_dim, self.config.rope_theta, model.device
+            cache.max_length, self.config.head_dim, self.config.rope_theta, model.device
         )
         heads = self.config.num_heads * kernels.LINEAR_ROWS
         self.arrivals = torch.zeros(heads, dtype=torch.int32, device=model.device)

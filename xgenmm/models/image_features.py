@@ -1,8 +1,9 @@
-"""Tiles as the tower gets them, and their features as the sampler does: regrouped and masked.
+"""Preparation of tiles for the vision tower, and of its features for the resampler.
 
-Pure functions of tensors and of the canvas, whose grid of tiles is columns x rows (0 x 0 if there
-is only the whole image). Follows the original `Blip3ImageProcessor` and
-its use in `XGenMMModelForConditionalGeneration`.
+Pure functions of tensors and of the canvas grid, columns x rows tiles (0 x 0 if there is only the
+base tile). They follow the original `Blip3ImageProcessor` and its use in
+`XGenMMModelForConditionalGeneration`, including two quirks that the released weights were trained
+with: see `regroup` and `padding_mask`.
 """
 
 import math
@@ -13,7 +14,11 @@ from xgenmm.config import Size, TilingConfig
 
 
 def normalize(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [tiles, tile, tile, 3] -> `dtype` [tiles, 3, tile, tile], on the pixels' own device."""
+    """Scale pixels to [0, 1] and normalise them by mean and standard deviation.
+
+    uint8 [tiles, tile_size, tile_size, 3] -> `dtype` [tiles, 3, tile_size, tile_size], on the
+    device of the pixels.
+    """
     mean = torch.tensor(config.mean, device=pixels.device)
     std = torch.tensor(config.std, device=pixels.device)
     values = (pixels.to(torch.float32) / 255 - mean) / std
@@ -21,26 +26,34 @@ def normalize(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) ->
 
 
 def regroup(features: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
-    """Features of the tiles as the sampler gets them: [1 + rows * columns, side**2, width].
+    """Regroup the features of the canvas into runs of full-width rows.
 
-    The canvas's features are laid out as one image, which is then cut, row by row, into runs as
-    long as a tile. With more than one column such a run is a band of full-width rows and not the
-    square tile. The released weights were trained with this (facts.md, trap 1).
+    The original lays the features of all tiles out as one canvas, [rows * side, columns * side],
+    and cuts it, read row by row, into runs of side**2 features. With more than one column, a
+    "tile" of the resampler is therefore a band across the canvas, not a square tile. The released
+    weights were trained this way. The base tile is unaffected.
+
+    features: [1 + rows * columns, side**2, width], base tile first. Returns the same shape.
     """
     if not columns:
         return features
-    whole, cells = features[:1], features[1:]
-    side = math.isqrt(cells.shape[1])
-    canvas = cells.unflatten(0, (rows, columns)).unflatten(2, (side, side))
-    runs = canvas.transpose(1, 2).reshape(cells.shape)  # [rows, side, columns, side, width]
-    return torch.cat([whole, runs])
+    base, tiles = features[:1], features[1:]
+    side = math.isqrt(tiles.shape[1])
+    canvas = tiles.unflatten(0, (rows, columns)).unflatten(2, (side, side))
+    bands = canvas.transpose(1, 2).reshape(tiles.shape)  # from [rows, side, columns, side, width]
+    return torch.cat([base, bands])
 
 
 def padding_mask(columns: int, rows: int, image_size: Size, side: int) -> torch.Tensor:
-    """Which features show the image: bool [tiles, side**2], in the order of `regroup`.
+    """Mark the features that show the image rather than padding, in the order of `regroup`.
 
-    Computed in units of features with the original's truncations (facts.md, trap 2), so it does
-    not agree to the pixel with `resize_and_pad`.
+    As in the original, the padding is computed in units of features and with truncation
+    (`int(height * scale)`, `(canvas - size) // 2`), so it differs slightly from the pixels that
+    `resize_and_pad` leaves black. The base tile has no padding.
+
+    image_size: (width, height) of the original image. side: features along one side of a tile.
+
+    Returns bool [1 + rows * columns, side**2].
     """
     mask = torch.ones(1 + columns * rows, side * side, dtype=torch.bool)
     if not columns:

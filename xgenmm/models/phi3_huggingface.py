@@ -1,7 +1,7 @@
-"""The one mapping from our Phi-3 decoder to Hugging Face's: configuration and weights.
+"""Conversion of the Phi-3 decoder to Hugging Face's: configuration and weights.
 
-vLLM builds its own Phi-3 from the configuration; tests and benchmarks compare the decoder with the
-one of `transformers`.
+vLLM builds its own Phi-3 from this configuration; tests and benchmarks compare the decoder with
+the implementation in `transformers`.
 """
 
 import torch
@@ -12,7 +12,7 @@ from xgenmm.models.phi3 import Phi3Decoder
 
 
 def phi3_config(config: DecoderConfig, vocab_size: int | None = None) -> Phi3Config:
-    """The decoder's sizes under Hugging Face's names.
+    """Build the Hugging Face configuration.
 
     vocab_size: by default that of the embedding without the additional tokens.
     """
@@ -29,10 +29,10 @@ def phi3_config(config: DecoderConfig, vocab_size: int | None = None) -> Phi3Con
             "original_max_position_embeddings": config.max_positions,
             "rms_norm_eps": config.rms_norm_eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            # Current releases of transformers and vLLM count the position itself.
+            # The window of current transformers and vLLM releases includes the token itself.
             "sliding_window": config.window_keys,
             "layer_types": ["sliding_attention"] * config.num_layers,
-            # Known to the tokenizer; the defaults lie outside small vocabularies.
+            # The tokenizer defines these; the defaults are out of range for small vocabularies.
             "bos_token_id": None,
             "eos_token_id": None,
             "pad_token_id": None,
@@ -41,15 +41,15 @@ def phi3_config(config: DecoderConfig, vocab_size: int | None = None) -> Phi3Con
 
 
 def to_transformers(decoder: Phi3Decoder, dtype: torch.dtype) -> Phi3ForCausalLM:
-    """`transformers`' Phi-3 with the decoder's weights, without the additional tokens.
+    """Build the Phi-3 of `transformers` with the decoder's weights, without additional tokens.
 
-    Tensors that have `dtype` already are shared with the decoder.
+    Tensors that already have `dtype` are shared with the decoder.
     """
     with torch.device("meta"):
         model = Phi3ForCausalLM(phi3_config(decoder.config))
     weights = decoder.state_dict()
     model.load_state_dict({n: weights[n].to(dtype) for n in model.state_dict()}, assign=True)
-    # The rotary frequencies are not in the state dict, so they are still on the meta device.
+    # The state dict has no rotary frequencies, so these are still on the meta device.
     with decoder.lm_head.weight.device:
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.eval().requires_grad_(False)

@@ -1,9 +1,9 @@
-"""Weight-only quantisation of the decoder's linear layers: int8 or fp8 with one scale a feature.
+"""Weight-only quantisation of the decoder's linear layers to int8 or fp8.
 
-The embeddings, the output layer and the vision side stay as they are: together they are a seventh
-of the model and most of its sensitivity. Activations are not quantised. Weights are quantised one
-by one while a checkpoint is read, so a device never holds the whole model in its wider type.
-Knows nothing of files.
+Each output feature has its own scale; activations are not quantised. Embeddings, output layer,
+vision tower and resampler keep their precision: they are a seventh of the weights and the most
+sensitive ones. Weights are quantised one tensor at a time as a checkpoint is read, so the device
+never holds the whole model at full precision.
 """
 
 import math
@@ -16,17 +16,17 @@ from torch.nn import functional as F
 
 from xgenmm.errors import InputError
 
-# The largest number of each type: what a feature's largest weight becomes.
+# Dtype, and the value that the largest weight of each feature is scaled to.
 QUANTIZATIONS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 _LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-_PACKED_ROWS = 16  # a CPU's int8 product is made for few rows, its bfloat16 product for many
+_MAX_PACKED_ROWS = 16  # above, a CPU is faster with dequantised weights than with its int8 product
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias: `weight` int8 or float8_e4m3fn [features, width] times `scale`.
+    """A linear layer without bias whose weight is `weight * scale[:, None]`.
 
-    scale: float32 [features].
+    weight: int8 or float8_e4m3fn [features, width]. scale: float32 [features].
     """
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
@@ -37,51 +37,56 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> [..., features], the plain way; a GPU's decode step has a kernel.
+        """[..., width] -> [..., features]; decode steps on a GPU use a fused kernel instead.
 
-        On a CPU, int8 weights meet few rows in bfloat16 whatever x is.
+        On a CPU, int8 products of few rows are computed in bfloat16 whatever the dtype of `x`.
         """
         rows = x.numel() // x.shape[-1]
-        if x.device.type == "cpu" and self.weight.dtype == torch.int8 and rows <= _PACKED_ROWS:
-            narrow = x.reshape(rows, -1).bfloat16()
-            packed = torch._weight_int8pack_mm(narrow, self.weight, self.scale.bfloat16())
-            return packed.view(*x.shape[:-1], -1).to(x.dtype)
+        if x.device.type == "cpu" and self.weight.dtype == torch.int8 and rows <= _MAX_PACKED_ROWS:
+            flat = x.reshape(rows, -1).bfloat16()
+            product = torch._weight_int8pack_mm(flat, self.weight, self.scale.bfloat16())
+            return product.view(*x.shape[:-1], -1).to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
 
 
 def check_quantization(kind: str, device: torch.device) -> None:
-    """Raise InputError for what is no kind of quantisation, or one that `device` cannot do."""
+    """Raise InputError if `kind` is not in `QUANTIZATIONS` or `device` does not support it."""
     if kind not in QUANTIZATIONS:
         raise InputError("quantize", f"{kind!r} is not one of {', '.join(QUANTIZATIONS)}")
     if kind == "fp8" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 9):
             name = torch.cuda.get_device_name(device)
-            raise InputError("quantize", f"fp8 needs an H100, L40S or newer; use int8 on {name}")
+            raise InputError(
+                "quantize", f"fp8 needs an H100, an L40S or a newer GPU; use int8 on {name}"
+            )
 
 
 def quantize_weight(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float weights [features, width] -> the same in `kind` and the scales, float32 [features]."""
+    """Quantise a float weight [features, width]; return it and its scales, float32 [features]."""
     dtype, largest = QUANTIZATIONS[kind]
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1).clamp(min=1e-12) / largest
-    scaled = wide / scale[:, None]
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / largest
+    scaled = weight / scale[:, None]
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
-def stored(name: str, values: torch.Tensor, kind: str | None) -> dict[str, torch.Tensor]:
-    """What the state dict of a prepared model holds for the checkpoint's tensor `name`."""
-    layer, _, last = name.rpartition(".")
-    if kind is None or last != "weight" or layer.split(".")[-1] not in _LAYERS:
-        return {name: values}
-    weight, scale = quantize_weight(values, kind)
+def quantized_state(name: str, tensor: torch.Tensor, kind: str | None) -> dict[str, torch.Tensor]:
+    """Return the state-dict entries of a quantised model for the checkpoint's tensor `name`.
+
+    Tensors that are not quantised, and all tensors if `kind` is None, are returned as they are.
+    """
+    layer, _, parameter = name.rpartition(".")
+    if kind is None or parameter != "weight" or layer.split(".")[-1] not in _LAYERS:
+        return {name: tensor}
+    weight, scale = quantize_weight(tensor, kind)
     return {name: weight, f"{layer}.scale": scale}
 
 
 def quantize_linear_layers(decoder: nn.Module, kind: str) -> None:
-    """Put a `QuantizedLinear` in the place of each linear layer, with its weights quantised.
+    """Replace each linear layer of the decoder by a `QuantizedLinear` with its quantised weights.
 
-    On the meta device that is the empty shell for the state dict that `stored` makes.
+    On the meta device this gives the module that a state dict of `quantized_state` entries fits.
     """
     for module in list(decoder.modules()):
         for name in _LAYERS:
@@ -94,11 +99,13 @@ def quantize_linear_layers(decoder: nn.Module, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far logits moved from those of the same model unquantised.
+    """How far the logits of a quantised model are from those of the original.
 
-    relative: length of the difference over the length of the exact logits, each row's mean taken
-        off, as a constant changes nothing. agreement: share of rows with the same most likely
-        token. divergence: mean Kullback-Leibler divergence from the exact distribution, in nats.
+    Attributes:
+        relative: norm of the difference over the norm of the original logits, with each row's mean
+            subtracted first, since a constant offset changes no probability.
+        agreement: share of rows with the same most likely token.
+        divergence: mean Kullback-Leibler divergence from the original distribution, in nats.
     """
 
     relative: float
@@ -107,7 +114,7 @@ class Drift:
 
 
 def drift(exact: torch.Tensor, found: torch.Tensor) -> Drift:
-    """Compare logits [..., vocab] of one and the same input."""
+    """Compare original logits with those of the quantised model, [..., vocab], for one input."""
     exact, found = exact.double(), found.double()
     centred = exact - exact.mean(-1, keepdim=True)
     difference = found - found.mean(-1, keepdim=True) - centred

@@ -1,8 +1,7 @@
-"""Perceiver resampler: the features of a tile -> a fixed number of vision tokens.
+"""Perceiver resampler: the patch features of a tile -> a fixed number of vision tokens.
 
-Flamingo's resampler (arXiv 2204.14198, section 3.1.1) as BLIP-3 uses it, plain and
-instruction-aware, under the parameter names of the released checkpoints
-(`vlm.vision_tokenizer.*`).
+Flamingo's resampler (arXiv 2204.14198, section 3.1.1) as used by BLIP-3 (arXiv 2408.08872), plain
+(v1.5) and instruction-aware (v1), under the released parameter names (`vlm.vision_tokenizer.*`).
 """
 
 from typing import cast
@@ -16,7 +15,7 @@ from xgenmm.config import ResamplerConfig
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the features and to themselves."""
+    """Cross-attention of the latents to the features and to the latents themselves."""
 
     def __init__(self, width: int, config: ResamplerConfig) -> None:
         super().__init__()
@@ -29,18 +28,27 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(
-        self, features: torch.Tensor, latents: torch.Tensor, visible: torch.Tensor | None
+        self, features: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """features [t, n, width], latents [t, m, width], visible bool [t, n + m] -> as latents."""
+        """Update the latents.
+
+        Args:
+            features: [tiles, n, width].
+            latents: [tiles, m, width].
+            mask: bool [tiles, n + m], False where a key is ignored.
+
+        Returns [tiles, m, width].
+        """
         features, latents = self.norm_media(features), self.norm_latents(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
         query, key, value = (
-            rearrange(x, "t n (h d) -> t h n d", h=self.heads) for x in (query, key, value)
+            rearrange(x, "tiles n (heads dim) -> tiles heads n dim", heads=self.heads)
+            for x in (query, key, value)
         )
-        mask = None if visible is None else visible[:, None, None]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.to_out(rearrange(out, "t h n d -> t n (h d)"))
+        attn_mask = None if mask is None else mask[:, None, None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
+        return self.to_out(rearrange(out, "tiles heads n dim -> tiles n (heads dim)"))
 
 
 def _feed_forward(width: int) -> nn.Sequential:
@@ -53,7 +61,7 @@ def _feed_forward(width: int) -> nn.Sequential:
 
 
 class PerceiverResampler(nn.Module):
-    """`num_latents` vision tokens for each tile, projected to the decoder's width."""
+    """Resamples each tile to `num_latents` vision tokens of the decoder's width."""
 
     def __init__(self, config: ResamplerConfig, width: int, decoder_width: int) -> None:
         super().__init__()
@@ -76,23 +84,28 @@ class PerceiverResampler(nn.Module):
         mask: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Features [tiles, n, width] -> vision tokens [tiles, num_latents, decoder_width].
+        """Resample features to vision tokens.
 
-        mask: bool [tiles, n], False for padding, ignored unless the configuration is `masked`;
-            the latents themselves are always visible.
-        text: [length, decoder_width], embeddings of the prompt, of which the first `text_tokens`
-            join the latents as further queries (instruction-aware sampler only).
+        Args:
+            features: [tiles, n, width].
+            mask: bool [tiles, n], False for padding. Used only if the configuration is `masked`:
+                v1 instruct was trained with attention to padding. Latents are never masked.
+            text: [length, decoder_width], embeddings of the prompt. The first `text_tokens` of
+                them are projected and appended to the latents as further queries, in all layers
+                (instruction-aware resampler only).
+
+        Returns [tiles, num_latents, decoder_width].
         """
         latents = self.latents.expand(features.shape[0], -1, -1)
         if self.config.text_tokens and text is not None:
             instruction = self.text_projection(text[: self.config.text_tokens])
             instruction = instruction.expand(features.shape[0], -1, -1)
             latents = torch.cat([latents, instruction], dim=1)
-        visible = None
+        key_mask = None
         if self.config.masked and mask is not None:
-            visible = F.pad(mask, (0, latents.shape[1]), value=True)
+            key_mask = F.pad(mask, (0, latents.shape[1]), value=True)
         for layer in self.layers:
             attention, feed_forward = cast(nn.ModuleList, layer)
-            latents = latents + attention(features, latents, visible)
+            latents = latents + attention(features, latents, key_mask)
             latents = latents + feed_forward(latents)
         return self.projection(self.norm(latents[:, : self.config.num_latents]))

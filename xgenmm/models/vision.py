@@ -1,7 +1,7 @@
 """Vision towers: normalised tiles -> patch features.
 
-SigLIP comes from `transformers`, ViT-H from `open_clip` (`vision_open_clip.py`); both are built
-without weights, under the parameter names of the released checkpoints (`vlm.vision_encoder.*`).
+SigLIP (v1.5) comes from `transformers`, ViT-H (v1) from `open_clip` (`vision_open_clip.py`). Both
+are built without weights, under the released parameter names (`vlm.vision_encoder.*`).
 """
 
 import torch
@@ -12,7 +12,7 @@ from xgenmm.config import VisionConfig
 
 
 def siglip_config(config: VisionConfig) -> SiglipVisionConfig:
-    """The sizes in `transformers`' terms."""
+    """Build the configuration of `transformers`."""
     return SiglipVisionConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -24,11 +24,11 @@ def siglip_config(config: VisionConfig) -> SiglipVisionConfig:
 
 
 class SiglipTower(SiglipVisionModel):
-    """SigLIP; the features are its last hidden state. Its pooling head is loaded and unused."""
+    """SigLIP; the features are its last hidden state. The pooling head is loaded but unused."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__(siglip_config(config))
-        # Not a parameter of the checkpoint, so on the meta device nothing would ever fill it.
+        # Not in the checkpoint, so a model built on the meta device would never get its values.
         self.embeddings.register_buffer("position_ids", None)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -40,10 +40,10 @@ class SiglipTower(SiglipVisionModel):
 
 
 def build_tower(config: VisionConfig) -> nn.Module:
-    """The tower that `config` names, on the current default device."""
+    """Build the configured tower on the current default device."""
     if config.tower == "siglip":
         return SiglipTower(config)
-    # Imported only for v1: vLLM's environment has no open_clip.
+    # Imported on demand: vLLM's environment has no open_clip.
     from xgenmm.models.vision_open_clip import OpenClipTower
 
     return OpenClipTower(config)

@@ -1,4 +1,7 @@
-"""The tower of v1, from `open_clip`, which needs torchvision: not every environment has both."""
+"""The vision tower of v1, from `open_clip`.
+
+A module of its own, because `open_clip` and the torchvision it needs are not always installed.
+"""
 
 from functools import partial
 
@@ -10,7 +13,7 @@ from xgenmm.config import VisionConfig
 
 
 class OpenClipTower(VisionTransformer):
-    """open_clip's ViT with QuickGELU; the features are its patch tokens, class token dropped."""
+    """open_clip's ViT with QuickGELU; the features are its patch tokens, not the class token."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__(

@@ -1,6 +1,6 @@
-"""XGenMM: tiles and a prompt in, logits out; composes tower, sampler and decoder.
+"""XGenMM: vision tower, resampler and decoder composed into one model.
 
-Holds no state of a request; `engine.py` owns caches and the decode loop.
+Stateless: callers own the key/value cache and the decode loop.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,22 @@ from torch.nn import functional as F
 
 from xgenmm.config import XGenMMConfig
 from xgenmm.models.image_features import normalize, padding_mask, regroup
-from xgenmm.models.phi3 import KVCache, Phi3Decoder
+from xgenmm.models.kv_cache import KVCache
+from xgenmm.models.phi3 import Phi3Decoder
 from xgenmm.models.resampler import PerceiverResampler
 from xgenmm.models.vision import build_tower
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
 
+PREFILL_ALIGNMENT = 8
 
-def padded(length: int) -> int:
-    """Up to how many positions a part of a prompt is padded, where they fit the cache.
 
-    A library makes and keeps a kernel for every shape, so there are to be few.
+def padded_length(length: int) -> int:
+    """Round the length of a prefill chunk up to a multiple of `PREFILL_ALIGNMENT`.
+
+    Matrix libraries select and cache a kernel for each shape, so there should be few shapes.
     """
-    return -(-length // 8) * 8
+    return -(-length // PREFILL_ALIGNMENT) * PREFILL_ALIGNMENT
 
 
 class _VLM(nn.Module):
@@ -40,7 +43,7 @@ class _VLM(nn.Module):
 
 
 class XGenMM(nn.Module):
-    """A vision-language model of any of the released families, on the current default device."""
+    """The vision-language model of any released family, on the current default device."""
 
     def __init__(self, config: XGenMMConfig) -> None:
         super().__init__()
@@ -54,139 +57,34 @@ class XGenMM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.vlm.lang_model.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, which is that of all activations."""
+        """Dtype of the weights and of all activations."""
         return self.vlm.lang_model.lm_head.weight.dtype
 
-    def cache(self, rows: int, positions: int) -> KVCache:
-        """An empty cache beside the weights, for `rows` sequences of at most `positions` tokens."""
+    def cache(self, rows: int, max_length: int) -> KVCache:
+        """Allocate a cache for `rows` sequences of at most `max_length` tokens."""
         return KVCache.allocate(
-            self.config.decoder, rows, positions, device=self.device, dtype=self.dtype
+            self.config.decoder, rows, max_length, device=self.device, dtype=self.dtype
         )
-
-    def prefill(self, prompts: Sequence[torch.Tensor], cache: KVCache) -> torch.Tensor:
-        """Fused prompts [length, width], one for each row of the cache -> next-token logits.
-
-        Rows may differ in length; each gets what it would get alone. Returns float32
-        [rows, initial_vocab + additional].
-        """
-        return self.prefill_chunk(prompts, [0] * len(prompts), None, cache)
-
-    @torch.inference_mode()
-    def prefill_chunk(
-        self,
-        parts: Sequence[torch.Tensor],
-        starts: Sequence[int],
-        rows: Sequence[int] | None,
-        cache: KVCache,
-    ) -> torch.Tensor:
-        """The next part of several fused prompts -> the logits after each part.
-
-        Args:
-            parts: [length, width] each.
-            starts: how many positions of the row are in the cache already.
-            rows: of the cache; None for the first ones. Where a padded row would pass the cache's
-                end its padding goes to the last index, which then must not be in use.
-
-        Returns float32 [rows, initial_vocab + additional].
-        """
-        device = self.device
-        lengths = [part.shape[0] for part in parts]
-        longest = max(lengths)
-        taken = max(longest, min(padded(longest), cache.positions - max(starts)))
-        embeds = torch.stack([F.pad(part, (0, 0, 0, taken - len(part))) for part in parts])
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
-            taken, device=device
-        )
-        hidden = self.decoder(
-            embeds,
-            positions.clamp(max=cache.positions - 1),
-            cache,
-            max(start + length for start, length in zip(starts, lengths, strict=True)),
-            rows=None if rows is None else torch.tensor(rows, device=device),
-            start=starts[0] if len(set(starts)) == 1 else None,
-        )
-        last = torch.tensor(lengths, device=device) - 1
-        return self.logits(hidden[torch.arange(len(parts), device=device), last])
-
-    @torch.inference_mode()
-    def score_continuations(
-        self, texts: Sequence[Sequence[int]], start: int, row: int, cache: KVCache
-    ) -> list[torch.Tensor]:
-        """Logits along several continuations of one row in one pass; none sees another.
-
-        texts: token ids of each, not empty. start: the row's length, which stays what it is; the
-            room behind it must hold all texts.
-
-        Returns float32 [length of the text, initial_vocab + additional] each: row i is what
-        follows its ids up to the i-th.
-        """
-        device = self.device
-        ids = torch.tensor([token for text in texts for token in text], device=device)
-        lengths = torch.tensor([len(text) for text in texts], device=device)
-        branch = torch.arange(len(texts), device=device).repeat_interleave(lengths)
-        first = (lengths.cumsum(0) - lengths)[branch]
-        number = torch.arange(len(ids), device=device)
-        positions = start + number - first
-        length = start + len(ids)
-        window = self.config.decoder.window_keys
-        key_positions = torch.cat([torch.arange(start, device=device), positions])
-        distance = positions[:, None] - key_positions
-        own = torch.cat([branch.new_ones(len(ids), start).bool(), branch[:, None] == branch], dim=1)
-        hidden = self.decoder(
-            self.decoder.embed(ids)[None],
-            positions[None],
-            cache,
-            length,
-            rows=torch.tensor([row], device=device),
-            indices=(start + number)[None],
-            mask=(own & (distance >= 0) & (distance < window))[None, None],
-        )
-        return list(self.logits(hidden[0]).split([len(text) for text in texts]))
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        cache: KVCache,
-        length: int | None = None,
-    ) -> torch.Tensor:
-        """One decode step: the row's newest token at its position -> the next token's logits.
-
-        Args:
-            tokens, positions: int64 [rows].
-            cache: of as many rows or more.
-            length: keys to look at, above every position; by default all that the cache holds.
-
-        Returns float32 [rows, initial_vocab + additional].
-        """
-        embeds = self.decoder.embed(tokens)[:, None]
-        # Where the host may look at a position for nothing, a single row needs no mask.
-        start = int(positions) if positions.device.type == "cpu" and len(positions) == 1 else None
-        hidden = self.decoder(
-            embeds, positions[:, None], cache, length or cache.positions, start=start
-        )
-        return self.logits(hidden[:, 0])
 
     def features(self, images: Sequence[TiledImage]) -> list[torch.Tensor]:
-        """Encoder features of each image, [tiles, patches, width], regrouped for the sampler.
+        """Encode all tiles as one batch.
 
-        All tiles of all images go through the tower as one batch.
+        Returns the features of each image, [tiles, patches, width], regrouped for the resampler.
         """
         if not images:
             return []
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
         tiles = normalize(pixels.to(self.device), self.config.tiling, self.dtype)
         features: torch.Tensor = self.vlm.vision_encoder(tiles)
-        parts = features.split([image.pixels.shape[0] for image in images])
+        per_image = features.split([image.pixels.shape[0] for image in images])
         return [
-            regroup(part, image.columns, image.rows)
-            for part, image in zip(parts, images, strict=True)
+            regroup(tile_features, image.columns, image.rows)
+            for tile_features, image in zip(per_image, images, strict=True)
         ]
 
     def vision_tokens(
@@ -195,27 +93,31 @@ class XGenMM(nn.Module):
         features: Sequence[torch.Tensor],
         prompt: Prompt | None = None,
     ) -> list[torch.Tensor]:
-        """Vision tokens of each image, [tiles * num_latents, decoder width].
+        """Resample the features of each image to vision tokens.
 
-        prompt: what the instruction-aware sampler reads; the plain one never looks at it.
+        prompt: used by the instruction-aware resampler only.
+
+        Returns [tiles * num_latents, decoder width] for each image.
         """
         if not images:
             return []
         side = self.config.vision.grid
-        masks = [padding_mask(one.columns, one.rows, one.image_size, side) for one in images]
+        masks = [
+            padding_mask(image.columns, image.rows, image.image_size, side) for image in images
+        ]
         mask = torch.cat(masks).to(self.device)
         text = None
         if prompt is not None and self.config.resampler.text_tokens:
             text = self.embed_ids(prompt.ids)
         tokens: torch.Tensor = self.vlm.vision_tokenizer(torch.cat(list(features)), mask, text)
-        parts = tokens.split([part.shape[0] for part in features])
-        return [part.flatten(0, 1) for part in parts]
+        per_image = tokens.split([tile_features.shape[0] for tile_features in features])
+        return [tile_tokens.flatten(0, 1) for tile_tokens in per_image]
 
     @torch.inference_mode()
     def encode(
         self, images: Sequence[TiledImage], prompt: Prompt | None = None
     ) -> list[torch.Tensor]:
-        """Images -> vision tokens: `features`, then `vision_tokens`."""
+        """Compute the vision tokens of images: `features`, then `vision_tokens`."""
         return self.vision_tokens(images, self.features(images), prompt)
 
     def embed_ids(self, ids: Sequence[int]) -> torch.Tensor:
@@ -226,7 +128,7 @@ class XGenMM(nn.Module):
     def merge_multimodal_embeddings(
         self, prompt: Prompt, vision_tokens: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """The prompt's embeddings, each image's run replaced by its vision tokens.
+        """Embed the prompt, with each image's span replaced by its vision tokens.
 
         Returns [positions, decoder width].
         """
@@ -237,7 +139,129 @@ class XGenMM(nn.Module):
             end = start + length
         return torch.cat([*parts, embeds[end:]])
 
+    def prefill(self, prompts: Sequence[torch.Tensor], cache: KVCache) -> torch.Tensor:
+        """Prefill embedded prompts, [length, width] each, into the first rows of an empty cache.
+
+        Prompts may differ in length; padding does not change the result. Returns the logits of the
+        next token, float32 [rows, initial_vocab + additional].
+        """
+        return self.prefill_chunk(prompts, [0] * len(prompts), None, cache)
+
+    @torch.inference_mode()
+    def prefill_chunk(
+        self,
+        chunks: Sequence[torch.Tensor],
+        starts: Sequence[int],
+        rows: Sequence[int] | None,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """Prefill the next chunk of each of several embedded prompts.
+
+        Args:
+            chunks: [length, width] each.
+            starts: number of positions already in the cache, for each row.
+            rows: rows of the cache; None for the first ones. Padding beyond the end of a row
+                overwrites its last index, which then must not be in use.
+
+        Returns the logits after each chunk, float32 [rows, initial_vocab + additional].
+        """
+        device = self.device
+        lengths = [chunk.shape[0] for chunk in chunks]
+        longest = max(lengths)
+        padded = max(longest, min(padded_length(longest), cache.max_length - max(starts)))
+        embeds = torch.stack([F.pad(chunk, (0, 0, 0, padded - len(chunk))) for chunk in chunks])
+        offsets = torch.arange(padded, device=device)
+        positions = torch.tensor(starts, device=device)[:, None] + offsets
+        hidden = self.decoder(
+            embeds,
+            positions.clamp(max=cache.max_length - 1),
+            cache,
+            max(start + length for start, length in zip(starts, lengths, strict=True)),
+            rows=None if rows is None else torch.tensor(rows, device=device),
+            start=starts[0] if len(set(starts)) == 1 else None,
+        )
+        last = torch.tensor(lengths, device=device) - 1
+        return self.logits(hidden[torch.arange(len(chunks), device=device), last])
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        length: int | None = None,
+    ) -> torch.Tensor:
+        """Run one decode step for the first rows of the cache.
+
+        Args:
+            tokens, positions: the newest token of each row and its position, int64 [rows].
+            length: number of cached keys to consider, above every position; by default all.
+
+        Returns the logits of the next token, float32 [rows, initial_vocab + additional].
+        """
+        embeds = self.decoder.embed(tokens)[:, None]
+        # On a CPU, reading the position costs nothing and saves the mask for a single row.
+        start = int(positions) if positions.device.type == "cpu" and len(positions) == 1 else None
+        hidden = self.decoder(
+            embeds, positions[:, None], cache, length or cache.max_length, start=start
+        )
+        return self.logits(hidden[:, 0])
+
+    @torch.inference_mode()
+    def score_continuations(
+        self, continuations: Sequence[Sequence[int]], start: int, row: int, cache: KVCache
+    ) -> list[torch.Tensor]:
+        """Compute the logits along several continuations of one row, in one pass.
+
+        All continuations are written behind the row's end, where there must be room for them, and
+        none attends to another. The row itself is unchanged.
+
+        Args:
+            continuations: token ids, at least one each.
+            start: length of the row.
+
+        Returns for each continuation float32 [its length, initial_vocab + additional]; entry i are
+        the logits of the token after its ids 0 to i.
+        """
+        device = self.device
+        ids = torch.tensor([token for tokens in continuations for token in tokens], device=device)
+        lengths = [len(tokens) for tokens in continuations]
+        positions, mask = _continuation_mask(
+            torch.tensor(lengths, device=device), start, self.config.decoder.window_keys
+        )
+        hidden = self.decoder(
+            self.decoder.embed(ids)[None],
+            positions[None],
+            cache,
+            start + len(ids),
+            rows=torch.tensor([row], device=device),
+            indices=(start + torch.arange(len(ids), device=device))[None],
+            mask=mask[None, None],
+        )
+        return list(self.logits(hidden[0]).split(lengths))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states [..., width] -> float32 logits [..., initial_vocab + additional]."""
         logits: torch.Tensor = self.decoder.lm_head(hidden)
         return logits.float()
+
+
+def _continuation_mask(
+    lengths: torch.Tensor, start: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and attention mask of several continuations of one prefix, side by side.
+
+    lengths: int64 [continuations]. start: length of the prefix.
+
+    Returns int64 [t] and bool [t, start + t] for the t tokens of all continuations: a token
+    attends to the prefix and to its own continuation up to itself, within the window.
+    """
+    device = lengths.device
+    owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    first = (lengths.cumsum(0) - lengths)[owner]
+    positions = start + torch.arange(len(owner), device=device) - first
+    key_positions = torch.cat([torch.arange(start, device=device), positions])
+    distance = positions[:, None] - key_positions
+    prefix = owner.new_ones(len(owner), start).bool()
+    same_continuation = torch.cat([prefix, owner[:, None] == owner], dim=1)
+    return positions, same_continuation & (distance >= 0) & (distance < window)
