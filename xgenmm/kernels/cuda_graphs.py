@@ -1,18 +1,19 @@
-"""The decode step as fast as the device's memory, chosen in one place: `build_decode_step`.
+"""The decode step at the speed of the device's memory; `build_decode_step` chooses it.
 
-On a GPU: the kernels of `kernel_step.py`, one CUDA graph for each bucket of batch sizes, over one
-static cache and static inputs, replayed without the host waiting for anything. On a CPU: the plain
-path of `decoder.py`, which is also what the other is tested against. Knows nothing of requests.
+On a GPU: `KernelDecodeStep`, captured as one CUDA graph per bucket of batch sizes, with a static
+cache and static inputs, and replayed without waiting for the device. On a CPU: `XGenMM.decode`, the
+reference that the kernels are tested against.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 
 from xgenmm.config import XGenMMConfig
-from xgenmm.garbage import uncollected
 from xgenmm.models.kv_cache import KVCache
 from xgenmm.models.quantization import quantize_linear_layers
 from xgenmm.models.xgenmm import XGenMM
@@ -20,36 +21,36 @@ from xgenmm.models.xgenmm import XGenMM
 Decode = Callable[[torch.Tensor, torch.Tensor, KVCache, int], torch.Tensor]
 """Tokens int64 [n], positions int64 [n], cache, length -> logits float32 [n, vocab].
 
-As `XGenMM.decode`; the rows are the cache's first n."""
+As `XGenMM.decode`, for the first n rows of the cache."""
 
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Tokens int64 [n], positions int64 [n] -> logits float32 [n, vocab]; a position -1 is no row."""
+DecodeStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Tokens int64 [n], positions int64 [n] -> logits float32 [n, vocab]; position -1 is padding."""
 
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
-"""Makes a function that repeats what the given one does to the same memory."""
+"""Returns a function that repeats the given one on the same memory."""
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MAX_ROWS = BUCKETS[-1]
 
 
 def build_decode_step(model: XGenMM, cache: KVCache) -> Decode:
-    """The fastest decode step that this device has, for this cache alone.
+    """Build the fastest decode step for the model's device and for this cache only.
 
-    On a GPU this compiles the kernels (or finds them in Triton's cache) and captures the graphs.
-    The logits that it returns are overwritten by its next call.
+    On a GPU this compiles the kernels, or finds them in Triton's cache, and captures the graphs.
+    The next call overwrites the returned logits.
     """
     if model.device.type != "cuda":
-        return lambda *step: model.decode(*step)  # whatever `decode` is by then
-    from xgenmm.kernels.decode_step import KernelDecodeStep  # Triton, which a CPU's PyTorch lacks
+        return lambda *inputs: model.decode(*inputs)  # looked up on each call, so it can be patched
+    from xgenmm.kernels.decode_step import KernelDecodeStep  # needs Triton, absent on a CPU
 
     step = KernelDecodeStep(model, cache)
     graphs = CudaGraphRunner(step, cache.keys.shape[1], model.device, cuda_capture())
 
     def decode(
-        tokens: torch.Tensor, positions: torch.Tensor, given: KVCache, length: int
+        tokens: torch.Tensor, positions: torch.Tensor, used_cache: KVCache, length: int
     ) -> torch.Tensor:
-        if given is not cache:
-            raise ValueError("cache: not the one whose decode step was captured")
+        if used_cache is not cache:
+            raise ValueError("cache: not the one that the decode step was built for")
         return graphs.decode(tokens, positions)
 
     return decode
@@ -58,70 +59,77 @@ def build_decode_step(model: XGenMM, cache: KVCache) -> Decode:
 def compile_kernels(
     config: XGenMMConfig, rows: int, dtype: torch.dtype, quantize: str | None = None
 ) -> None:
-    """Compile the kernels of a GPU's `build_decode_step` in threads, or find them in the cache.
+    """Compile the kernels that `build_decode_step` needs on a GPU, or load them from the cache.
 
-    Needs nothing but the sizes, so it can be done while the weights are read. Later launches on the
+    Only sizes are needed, so this can run while the weights are read. Later launches on the
     current device find the kernels in memory.
 
-    rows: most rows of a step. dtype: of weights and cache. quantize: of
-        `quantization.QUANTIZATIONS`.
+    Args:
+        rows: maximum batch size of a step.
+        dtype: of the weights and the cache.
+        quantize: one of `quantization.QUANTIZATIONS`.
     """
-    from triton.runtime._async_compile import AsyncCompileMode
+    from triton import AsyncCompileMode
 
     from xgenmm.kernels.decode_step import KernelDecodeStep
 
     with torch.device("meta"):
         model = XGenMM(config).to(dtype)
-        tokens = torch.zeros(BUCKETS[-1], dtype=torch.int64)
+        tokens = torch.zeros(MAX_ROWS, dtype=torch.int64)
         if quantize is not None:
             quantize_linear_layers(model, quantize)
     step = KernelDecodeStep(model, model.cache(rows, config.decoder.max_positions + 1))
-    # Python before 3.11.8 cannot parse in two threads if a collection lets them take turns
-    # (python/cpython#106905).
-    with uncollected(), ThreadPoolExecutor() as pool, AsyncCompileMode(pool):
+    with ExitStack() as stack:
+        # Python before 3.11.8 may fail to parse source code in two threads at once:
+        # https://github.com/python/cpython/issues/106905
+        if sys.version_info >= (3, 11, 8):
+            stack.enter_context(AsyncCompileMode(stack.enter_context(ThreadPoolExecutor())))
         for bucket in needed_buckets(rows):
             step(tokens[:bucket], tokens[:bucket])
 
 
-def needed_buckets(most_rows: int, buckets: Sequence[int] = BUCKETS) -> Sequence[int]:
-    """The buckets that batches of 1 to `most_rows` rows need.
+def needed_buckets(max_rows: int, buckets: Sequence[int] = BUCKETS) -> Sequence[int]:
+    """Return the buckets for batches of 1 to `max_rows` rows.
 
     Raises ValueError if none is large enough.
     """
-    if most_rows > buckets[-1]:
-        raise ValueError(f"rows: {most_rows} are more than the largest bucket, {buckets[-1]}")
-    return buckets[: sum(bucket < most_rows for bucket in buckets) + 1]
+    if max_rows > buckets[-1]:
+        raise ValueError(f"rows: {max_rows} exceeds the largest bucket, {buckets[-1]}")
+    return buckets[: sum(bucket < max_rows for bucket in buckets) + 1]
 
 
 class CudaGraphRunner:
-    """A step captured once for each bucket of batch sizes, and replayed for the smallest that fits.
+    """Captures a decode step once per bucket, and replays the smallest bucket that fits a batch.
 
-    Inputs are copied to static memory; the bucket's further rows get the position -1.
+    Inputs are copied to static memory, padded to the bucket with position -1.
     """
 
     def __init__(
         self,
-        step: Step,
-        most_rows: int,
+        step: DecodeStep,
+        max_rows: int,
         device: torch.device,
         capture: Capture,
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
-        """Capture `step` for all buckets that up to `most_rows` rows need."""
-        needed = needed_buckets(most_rows, buckets)
+        """Capture `step` for every bucket that batches of up to `max_rows` rows need."""
+        needed = needed_buckets(max_rows, buckets)
         self._tokens = torch.zeros(needed[-1], dtype=torch.int64, device=device)
         self._positions = torch.full_like(self._tokens, -1)
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
-        for bucket in reversed(needed):  # the largest first: smaller ones fit its memory
+        for bucket in reversed(needed):  # largest first: the smaller ones reuse its memory
             tokens, positions = self._tokens[:bucket], self._positions[:bucket]
             self._replay[bucket] = capture(partial(step, tokens, positions))
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens and positions int64 [n] -> logits float32 [n, vocab], good until the next call."""
+        """Tokens and positions int64 [n] -> logits float32 [n, vocab], valid until the next call.
+
+        Raises ValueError if n is 0 or exceeds the largest captured bucket.
+        """
         count = tokens.shape[0]
         bucket = min((size for size in self._replay if size >= count), default=0)
         if not 0 < count <= bucket:
-            raise ValueError(f"rows: {count} asked for, 1 to {max(self._replay)} were captured")
+            raise ValueError(f"rows: {count} is not between 1 and {max(self._replay)}")
         self._tokens[:count].copy_(tokens)
         self._positions[:count].copy_(positions)
         self._positions[count:bucket].fill_(-1)
@@ -129,15 +137,18 @@ class CudaGraphRunner:
 
 
 def cuda_capture() -> Capture:
-    """A `Capture` that makes CUDA graphs, all of one memory pool as they never run side by side."""
+    """Return a `Capture` that records CUDA graphs.
+
+    All graphs share one memory pool, since they never run at the same time.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            function()  # compiles and allocates whatever a capture may not
-        torch.cuda.current_stream().wait_stream(aside)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()  # warm-up: compiles and allocates what must not happen during capture
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             result = function()

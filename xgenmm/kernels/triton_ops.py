@@ -1,16 +1,15 @@
-"""Triton kernels of the decode step: skinny linear layers, rotary with cache write, attention.
+"""Triton kernels of the decode step: linear layers for few rows, rotary embedding, attention.
 
-Each kernel equals a few lines of `decoder.py`, which stay the reference; here they move no byte
-twice. All arithmetic is float32, results are rounded once. A row with a position below 0 is no
-row: nothing of the cache is read or written for it and its attention is 0. No function waits for
-the device, and shapes depend on the arguments' shapes only, so all of it can be captured in a CUDA
-graph. On a CPU they run in Triton's interpreter (TRITON_INTERPRET=1 before the first import), which
-is how the tests prove them; on the meta device they are only compiled. Knows nothing of modules,
-models or graphs.
+The reference for each is a few lines of PyTorch in `models/phi3.py`, which the tests compare it
+with. The kernels read and write memory once and accumulate in float32. RMSNorm is the prologue and
+the residual sum the epilogue of a linear layer; `rms_norm` and `silu_multiply` serve the batch
+sizes at which cuBLAS is faster.
 
-RMSNorm is the prologue and the residual sum the epilogue of a linear layer, so the hidden state
-travels once; `rms_norm` and `silu_multiply` are for the batches that a vendor's matrix product
-serves better.
+A row with a negative position is padding: its cache is neither read nor written, and its attention
+output is 0. Nothing synchronises with the device and shapes depend on argument shapes only, so
+everything can be captured in a CUDA graph. On a CPU the kernels run in Triton's interpreter
+(TRITON_INTERPRET=1 before the first import), as in the tests; for tensors on the meta device they
+are compiled but not run.
 """
 
 from typing import Any
@@ -20,7 +19,7 @@ import triton
 from triton import language as tl
 
 LINEAR_ROWS = 64
-"""The most rows that `linear` takes."""
+"""Maximum number of rows for `linear`."""
 
 
 def _launch(
@@ -30,7 +29,7 @@ def _launch(
     *others: Any,
     **options: Any,
 ) -> None:
-    """Run the programs of `grid`. With an `x` on the meta device the kernel is only compiled."""
+    """Launch a kernel, or only compile it if `x` is on the meta device."""
     kernel.run(x, *others, grid=grid, warmup=x.is_meta, **options)
 
 
@@ -54,29 +53,32 @@ def _finish(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What follows the products of `linear`: sums [BLOCK_N, ROWS], squares [ROWS] -> `out`."""
+    """Epilogue of `linear`.
+
+    total, total_up: products, [BLOCK_N, ROWS]. squares: sum of squares of each row of x, [ROWS].
+    """
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
-    known = feature < features
+    feature_mask = feature < features
     if scale is not None:
-        total *= tl.load(scale + feature, mask=known, other=0.0)[:, None]
+        total *= tl.load(scale + feature, mask=feature_mask, other=0.0)[:, None]
         if GATED:
-            total_up *= tl.load(scale + features + feature, mask=known, other=0.0)[:, None]
+            total_up *= tl.load(scale + features + feature, mask=feature_mask, other=0.0)[:, None]
     if norm is not None:
-        # The 1 / rms of a row is the same for all its products, so it can come last.
+        # 1 / rms is the same for all products of a row, so it can be applied to their sum.
         inverse = tl.rsqrt(squares / WIDTH + eps)[None, :]
         total *= inverse
         total_up *= inverse
     if GATED:
         total = total * tl.sigmoid(total) * total_up
     if bias is not None:
-        total += tl.load(bias + feature, mask=known, other=0.0).to(tl.float32)[:, None]
-    inside = known[:, None] & (row < rows)[None, :]
+        total += tl.load(bias + feature, mask=feature_mask, other=0.0).to(tl.float32)[:, None]
+    mask = feature_mask[:, None] & (row < rows)[None, :]
     if residual is not None:
-        place = residual + row[None, :] * residual_stride + feature[:, None]
-        total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    place = out + row[None, :] * out_stride + feature[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
+        pointers = residual + row[None, :] * residual_stride + feature[:, None]
+        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    pointers = out + row[None, :] * out_stride + feature[:, None]
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "features"])
@@ -101,19 +103,19 @@ def _one_row_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`BLOCK_N` features of one row. Products are summed at the end, not inside the loop."""
+    """Compute `BLOCK_N` features of one row; products are summed after the loop, not inside it."""
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     total_up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        place = weight + feature[:, None] * weight_stride + k[None, :]
-        inside = (feature < features)[:, None] & (k < WIDTH)[None, :]
-        w = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
+        pointers = weight + feature[:, None] * weight_stride + k[None, :]
+        mask = (feature < features)[:, None] & (k < WIDTH)[None, :]
+        w = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
         if GATED:
-            place += features * weight_stride
-            up = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
+            pointers += features * weight_stride
+            up = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
         values = tl.load(x + k, mask=k < WIDTH, other=0.0).to(tl.float32)
         if norm is not None:
             squares += values * values
@@ -164,7 +166,7 @@ def _few_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`BLOCK_N` features of `ROWS` rows on the matrix units, the weights their left side."""
+    """Compute `BLOCK_N` features of `ROWS` rows with tensor cores, weights as the left operand."""
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
     total = tl.zeros((BLOCK_N, ROWS), tl.float32)
@@ -172,11 +174,11 @@ def _few_rows_kernel(
     squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        place = weight + feature[:, None] * weight_stride + k[None, :]
-        inside = (feature < features)[:, None] & (k < WIDTH)[None, :]
-        w = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
-        x_inside = (k < WIDTH)[:, None] & (row < rows)[None, :]
-        values = tl.load(x + k[:, None] + row[None, :] * x_stride, mask=x_inside, other=0.0)
+        pointers = weight + feature[:, None] * weight_stride + k[None, :]
+        mask = (feature < features)[:, None] & (k < WIDTH)[None, :]
+        w = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+        x_mask = (k < WIDTH)[:, None] & (row < rows)[None, :]
+        values = tl.load(x + k[:, None] + row[None, :] * x_stride, mask=x_mask, other=0.0)
         if norm is not None:
             wide = values.to(tl.float32)
             squares += wide * wide
@@ -184,8 +186,8 @@ def _few_rows_kernel(
             values = (wide * gain[:, None]).to(values.dtype)
         total = tl.dot(w.to(values.dtype), values, total, input_precision="ieee")
         if GATED:
-            place += features * weight_stride
-            up = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
+            pointers += features * weight_stride
+            up = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
             total_up = tl.dot(up.to(values.dtype), values, total_up, input_precision="ieee")
     _finish(
         total,
@@ -220,22 +222,22 @@ def linear(
     gated: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """RMSNorm -> weight (-> SiLU and multiply) -> bias -> residual sum, for a few rows.
+    """Optional RMSNorm, linear layer, optional SiLU gating, bias, residual sum, for a few rows.
 
-    Must move the weight once, `features * width * weight.element_size()` bytes, beside which rows
-    and results are nothing.
+    Memory-bound by the weight, which is read once: `features * width * weight.element_size()`
+    bytes.
 
     Args:
         x: [rows, width], at most `LINEAR_ROWS` rows, contiguous along width.
         weight: [features, width], contiguous along width; a float type, int8 or float8_e4m3fn
-            (which needs a device of compute capability 8.9).
-        scale: float32 [features]: what the stored weights of a feature are multiplied by.
-        norm: [width], weight of an RMSNorm of x with `eps`; by default there is none.
+            (compute capability 8.9 or higher).
+        scale: float32 [features], factor of each feature's quantised weights.
+        norm: [width], weight of an RMSNorm of x with `eps`.
         bias: [features].
         residual: [rows, features], added to the result.
-        gated: the first half of the weight's rows is `gate`, the second `up`, and the result is
-            silu(gate) * up, of half as many features; excludes a bias.
-        out: [rows, features], contiguous along features; by default a new tensor like x.
+        gated: the weight holds the rows of `gate` and then of `up`; the result is silu(gate) * up,
+            of half as many features. Excludes a bias.
+        out: [rows, features], contiguous along features; by default a new tensor of x's dtype.
 
     Returns `out`.
     """
@@ -243,28 +245,22 @@ def linear(
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     if out is None:
         out = x.new_empty(rows, features)
-    padded, block_n, block_k, stages = _linear_blocks(rows, width, features)
-    kernel = _one_row_kernel if rows == 1 else _few_rows_kernel
+    residual_stride = 0 if residual is None else residual.stride(0)
+    padded_rows, block_n, block_k, stages = _linear_blocks(rows, width, features)
+    tensors = (weight, scale, norm, bias, residual, out)
+    strides = (x.stride(0), weight.stride(0), residual_stride, out.stride(0))
     _launch(
-        kernel,
+        _one_row_kernel if rows == 1 else _few_rows_kernel,
         (triton.cdiv(features, block_n),),
         x,
-        weight,
-        scale,
-        norm,
-        bias,
-        residual,
-        out,
+        *tensors,
         rows,
         features,
-        x.stride(0),
-        weight.stride(0),
-        0 if residual is None else residual.stride(0),
-        out.stride(0),
+        *strides,
         eps,
         WIDTH=width,
         GATED=gated,
-        ROWS=padded,
+        ROWS=padded_rows,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=4,
@@ -274,18 +270,18 @@ def linear(
 
 
 def _linear_blocks(rows: int, width: int, features: int) -> tuple[int, int, int, int]:
-    """(padded rows, features and width of a block, pipeline stages) for a program of `linear`.
+    """Choose (padded rows, features per block, width per block, pipeline stages) for `linear`.
 
-    Chosen for many programs a multiprocessor, each with several 16-byte loads a thread in flight:
-    bandwidth is a matter of bytes under way. Not tuned on a device yet.
+    Memory bandwidth needs many bytes in flight: many programs per multiprocessor, each with several
+    16-byte loads per thread. Not yet tuned on a device.
     """
     width = triton.next_power_of_2(width)
     if rows == 1:
         return 1, 4, min(1024, width), 2
-    # The matrix units take 16 rows at least.
-    padded = max(16, triton.next_power_of_2(rows))
-    block_k = 128 if padded == 16 else 64  # more would not fit into the registers
-    return padded, 16 if features <= 4096 else 32, min(block_k, max(16, width)), 4
+    # Tensor cores need at least 16 rows.
+    padded_rows = max(16, triton.next_power_of_2(rows))
+    block_k = 128 if padded_rows == 16 else 64  # more would spill registers
+    return padded_rows, 16 if features <= 4096 else 32, min(block_k, max(16, width)), 4
 
 
 @triton.jit
@@ -304,35 +300,35 @@ def _rotate_store_kernel(
     HEAD_DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):
-    """One head of one row."""
+    """Process one head of one row."""
     row, head = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = HEAD_DIM // 2
     lane = tl.arange(0, HALF_BLOCK)
-    inside = lane < half
+    lane_mask = lane < half
     position = tl.load(positions + row)
-    present = position >= 0
-    table = tl.maximum(position, 0) * half + lane
-    cos = tl.load(cosine + table, mask=inside, other=0.0)
-    sin = tl.load(sine + table, mask=inside, other=0.0)
+    is_token = position >= 0
+    table_offset = tl.maximum(position, 0) * half + lane
+    cos = tl.load(cosine + table_offset, mask=lane_mask, other=0.0)
+    sin = tl.load(sine + table_offset, mask=lane_mask, other=0.0)
     source = qkv + row * qkv_stride + head * HEAD_DIM + lane
     target = query + (row * HEADS + head) * HEAD_DIM + lane
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    kind = keys.dtype.element_ty
-    tl.store(target, (first * cos - second * sin).to(kind), mask=inside)
-    tl.store(target + half, (second * cos + first * sin).to(kind), mask=inside)
+    first = tl.load(source, mask=lane_mask, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=lane_mask, other=0.0).to(tl.float32)
+    dtype = keys.dtype.element_ty
+    tl.store(target, (first * cos - second * sin).to(dtype), mask=lane_mask)
+    tl.store(target + half, (second * cos + first * sin).to(dtype), mask=lane_mask)
 
-    # A cache passes 2**31 elements: its offsets are 64 bits wide.
-    place = row.to(tl.int64) * cache_row_stride + head * cache_head_stride + position * HEAD_DIM
-    stored = inside & present
+    # A cache may have more than 2**31 elements, so its offsets need 64 bits.
+    offset = row.to(tl.int64) * cache_row_stride + head * cache_head_stride + position * HEAD_DIM
+    store_mask = lane_mask & is_token
     source += HEADS * HEAD_DIM
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    tl.store(keys + place + lane, (first * cos - second * sin).to(kind), mask=stored)
-    tl.store(keys + place + lane + half, (second * cos + first * sin).to(kind), mask=stored)
+    first = tl.load(source, mask=lane_mask, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=lane_mask, other=0.0).to(tl.float32)
+    tl.store(keys + offset + lane, (first * cos - second * sin).to(dtype), mask=store_mask)
+    tl.store(keys + offset + lane + half, (second * cos + first * sin).to(dtype), mask=store_mask)
     source += HEADS * HEAD_DIM
-    tl.store(values + place + lane, tl.load(source, mask=inside), mask=stored)
-    tl.store(values + place + lane + half, tl.load(source + half, mask=inside), mask=stored)
+    tl.store(values + offset + lane, tl.load(source, mask=lane_mask), mask=store_mask)
+    tl.store(values + offset + lane + half, tl.load(source + half, mask=lane_mask), mask=store_mask)
 
 
 def rotate_and_store(
@@ -342,17 +338,18 @@ def rotate_and_store(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotate queries and keys, write keys and values to one layer's cache; return the queries.
+    """Apply the rotary embedding to queries and keys; write keys and values to one layer's cache.
 
-    Must move the qkv row twice, read and written: `2 * qkv.numel()` elements, and the tables' rows.
+    Reads and writes qkv once, `2 * qkv.numel()` elements, and reads the rows' table entries.
 
     Args:
         qkv: [rows, 3 * heads * head_dim].
-        positions: int64 [rows]; below 0 is no row.
+        positions: int64 [rows]; negative for padding.
         rotary: cosine and sine, float32 [positions, head_dim / 2], contiguous (`rotary_tables`).
-        keys, values: [rows or more, heads, positions, head_dim], the last two contiguous.
+        keys, values: [at least rows, heads, positions, head_dim], contiguous in the last two
+            dimensions.
 
-    Returns [rows, heads, head_dim].
+    Returns the queries, [rows, heads, head_dim].
     """
     rows, (heads, head_dim) = qkv.shape[0], (keys.shape[1], keys.shape[3])
     query = qkv.new_empty(rows, heads, head_dim)
@@ -386,7 +383,7 @@ def _attend_kernel(
     positions,
     out,
     partial,
-    arrivals,
+    arrival_counts,
     cache_row_stride,
     cache_head_stride,
     scale,
@@ -398,69 +395,75 @@ def _attend_kernel(
     SPLIT_LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One share of one head's keys; the program that comes last for a head adds the shares up."""
-    head, split = tl.program_id(0), tl.program_id(1)  # head: of all rows
+    """Attend to one split of one head's keys; the last program of a head combines its splits.
+
+    Each program keeps the running maximum, the sum of exponentials and the weighted sum of values
+    of an online softmax (arXiv 1805.02867). The split of the keys is Flash-Decoding's.
+    """
+    head, split = tl.program_id(0), tl.program_id(1)  # head counts across all rows
     row = head // HEADS
     lane = tl.arange(0, DIM)
-    inside = lane < HEAD_DIM
+    lane_mask = lane < HEAD_DIM
     end = tl.load(positions + row).to(tl.int32) + 1
     begin = tl.maximum(end - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), BLOCK) * BLOCK
-    begin = begin + split * share
-    end = tl.minimum(begin + share, end)
+    split_length = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), BLOCK) * BLOCK
+    begin = begin + split * split_length
+    end = tl.minimum(begin + split_length, end)
 
-    q = tl.load(query + head * HEAD_DIM + lane, mask=inside, other=0.0).to(tl.float32) * scale
+    q = tl.load(query + head * HEAD_DIM + lane, mask=lane_mask, other=0.0).to(tl.float32) * scale
     base = row.to(tl.int64) * cache_row_stride + (head % HEADS) * cache_head_stride
-    # Finite, so that a share without keys weighs exp(-huge) = 0 and never makes inf - inf.
-    top = -1e30
-    weight = 0.0
-    total = tl.zeros((DIM,), tl.float32)
-    while begin < end:  # the interpreter takes no range over numbers of the device
+    # Finite, so that a split without keys gets the factor exp(-1e30) = 0 rather than inf - inf.
+    maximum = -1e30
+    denominator = 0.0
+    accumulator = tl.zeros((DIM,), tl.float32)
+    while begin < end:  # the interpreter does not support range over device values
         index = begin + tl.arange(0, BLOCK)
-        seen = index < end
-        place = base + index[:, None] * HEAD_DIM + lane[None, :]
-        mask = seen[:, None] & inside[None, :]
-        k = tl.load(keys + place, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(k * q[None, :], axis=1), -1e30)
-        new_top = tl.maximum(top, tl.max(score, axis=0))
-        kept = tl.exp(top - new_top)
-        p = tl.where(seen, tl.exp(score - new_top), 0.0)
-        total = total * kept + tl.sum(p[:, None] * v, axis=0)
-        weight = weight * kept + tl.sum(p, axis=0)
-        top = new_top
+        key_mask = index < end
+        offset = base + index[:, None] * HEAD_DIM + lane[None, :]
+        mask = key_mask[:, None] & lane_mask[None, :]
+        k = tl.load(keys + offset, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(key_mask, tl.sum(k * q[None, :], axis=1), -1e30)
+        new_maximum = tl.maximum(maximum, tl.max(score, axis=0))
+        rescale = tl.exp(maximum - new_maximum)
+        p = tl.where(key_mask, tl.exp(score - new_maximum), 0.0)
+        accumulator = accumulator * rescale + tl.sum(p[:, None] * v, axis=0)
+        denominator = denominator * rescale + tl.sum(p, axis=0)
+        maximum = new_maximum
         begin += BLOCK
 
     target = out + head * HEAD_DIM + lane
     if SPLITS == 1:
-        result = total / tl.where(weight > 0, weight, 1.0)
-        tl.store(target, result.to(out.dtype.element_ty), mask=inside)
+        result = accumulator / tl.where(denominator > 0, denominator, 1.0)
+        tl.store(target, result.to(out.dtype.element_ty), mask=lane_mask)
     else:
-        # A share is DIM sums, then the largest score and the weight.
-        own = partial + (head * SPLITS + split) * (DIM + 2)
-        tl.store(own + lane, total)
-        tl.store(own + DIM, top)
-        tl.store(own + DIM + 1, weight)
-        tl.debug_barrier()  # all threads have stored before the arrival is told
-        if tl.atomic_add(arrivals + head, 1) == SPLITS - 1:
-            shares = tl.arange(0, SPLIT_LANES)
-            there = shares < SPLITS
-            # Past the first-level cache, which may not know what other programs stored.
-            base_share = partial + (head * SPLITS + shares) * (DIM + 2)
-            tops = tl.load(base_share + DIM, mask=there, other=-1e30, cache_modifier=".cg")
-            weights = tl.load(base_share + DIM + 1, mask=there, other=0.0, cache_modifier=".cg")
-            totals = tl.load(
-                base_share[:, None] + lane[None, :],
-                mask=there[:, None],
+        # Layout of a split's result: DIM weighted sums, the maximum, the denominator.
+        result_base = partial + (head * SPLITS + split) * (DIM + 2)
+        tl.store(result_base + lane, accumulator)
+        tl.store(result_base + DIM, maximum)
+        tl.store(result_base + DIM + 1, denominator)
+        tl.debug_barrier()  # all threads must have stored before this program counts as arrived
+        if tl.atomic_add(arrival_counts + head, 1) == SPLITS - 1:
+            splits = tl.arange(0, SPLIT_LANES)
+            split_mask = splits < SPLITS
+            # .cg bypasses the L1 cache, which is not coherent with other programs' stores.
+            split_base = partial + (head * SPLITS + splits) * (DIM + 2)
+            maxima = tl.load(split_base + DIM, mask=split_mask, other=-1e30, cache_modifier=".cg")
+            denominators = tl.load(
+                split_base + DIM + 1, mask=split_mask, other=0.0, cache_modifier=".cg"
+            )
+            partial_sums = tl.load(
+                split_base[:, None] + lane[None, :],
+                mask=split_mask[:, None],
                 other=0.0,
                 cache_modifier=".cg",
             )
-            kept_shares = tl.exp(tops - tl.max(tops, axis=0))
-            whole = tl.sum(weights * kept_shares, axis=0)
-            summed = tl.sum(totals * kept_shares[:, None], axis=0)
-            result = summed / tl.where(whole > 0, whole, 1.0)
-            tl.store(target, result.to(out.dtype.element_ty), mask=inside)
-            tl.store(arrivals + head, 0)  # ready for the next layer
+            rescales = tl.exp(maxima - tl.max(maxima, axis=0))
+            denominator_sum = tl.sum(denominators * rescales, axis=0)
+            weighted_sum = tl.sum(partial_sums * rescales[:, None], axis=0)
+            result = weighted_sum / tl.where(denominator_sum > 0, denominator_sum, 1.0)
+            tl.store(target, result.to(out.dtype.element_ty), mask=lane_mask)
+            tl.store(arrival_counts + head, 0)  # reset for the next layer
 
 
 def attend(
@@ -470,38 +473,35 @@ def attend(
     positions: torch.Tensor,
     window: int,
     splits: int,
-    arrivals: torch.Tensor,
+    arrival_counts: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of one token a row over the last `window` keys of its row, itself among them.
+    """Attend from one token per row to the last `window` keys of its row, itself included.
 
-    Must move the keys and values that are seen once:
-    `2 * rows * heads * min(position + 1, window) * head_dim` elements. The keys of a head are
-    shared among `splits` programs (flash-decoding), so that few rows still fill the device.
+    Reads the visible keys and values once,
+    `2 * rows * heads * min(position + 1, window) * head_dim` elements. Each head's keys are split
+    among several programs (Flash-Decoding), so that even a small batch fills the device.
 
     Args:
         query: [rows, heads, head_dim], contiguous.
-        keys, values: [rows or more, heads, positions, head_dim], the last two contiguous.
-        positions: int64 [rows], of the tokens; below 0 is no row.
-        splits: programs a head.
-        arrivals: int32 [rows * heads or more], zeros, and zeros again afterwards.
+        keys, values: [at least rows, heads, positions, head_dim], contiguous in the last two
+            dimensions.
+        positions: int64 [rows], positions of the tokens; negative for padding.
+        splits: programs per head.
+        arrival_counts: int32 [at least rows * heads], zero before and after the call.
 
     Returns [rows, heads * head_dim].
     """
     rows, heads, head_dim = query.shape
     dim = triton.next_power_of_2(head_dim)
     out = query.new_empty(rows, heads * head_dim)
-    shares = (rows * heads, splits, dim + 2) if splits > 1 else (0,)
-    partial = query.new_empty(shares, dtype=torch.float32)
+    partial_shape = (rows * heads, splits, dim + 2) if splits > 1 else (0,)
+    partial = query.new_empty(partial_shape, dtype=torch.float32)
+    tensors = (keys, values, positions, out, partial, arrival_counts)
     _launch(
         _attend_kernel,
         (rows * heads, splits),
         query,
-        keys,
-        values,
-        positions,
-        out,
-        partial,
-        arrivals,
+        *tensors,
         keys.stride(0),
         keys.stride(1),
         head_dim**-0.5,
@@ -519,18 +519,18 @@ def attend(
 
 @triton.jit
 def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One row."""
+    """Normalise one row."""
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
-    inside = k < WIDTH
-    values = tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32)
+    mask = k < WIDTH
+    values = tl.load(x + row * x_stride + k, mask=mask, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
-    gain = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + k, (values * inverse * gain).to(out.dtype.element_ty), mask=inside)
+    gain = tl.load(weight + k, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + k, (values * inverse * gain).to(out.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of [rows, width], contiguous along width; moves each element in and out once."""
+    """RMSNorm of x [rows, width], contiguous along width; each element is read and written once."""
     rows, width = x.shape
     out = x.new_empty(rows, width)
     block = triton.next_power_of_2(width)
@@ -551,21 +551,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit
 def _silu_multiply_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of one row."""
+    """Process one block of one row."""
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < WIDTH
+    mask = k < WIDTH
     source = gate_up + row * 2 * WIDTH + k
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
     result = gate * tl.sigmoid(gate) * up
-    tl.store(out + row * WIDTH + k, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * WIDTH + k, result.to(out.dtype.element_ty), mask=mask)
 
 
 def silu_multiply(gate_up: torch.Tensor) -> torch.Tensor:
-    """[rows, 2 * width], contiguous -> silu(first half) * second half, [rows, width].
+    """Multiply SiLU of the first half of each row by the second half.
 
-    Must move three elements for each of the result.
+    gate_up: [rows, 2 * width], contiguous. Returns [rows, width].
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
