@@ -269,8 +269,8 @@ def test_damaged_file_raises_only_input_errors(file_format: str) -> None:
     random = np.random.default_rng(1)
     for _ in range(60):
         damaged = bytearray(file)
-        for place in random.integers(0, len(file), 4):
-            damaged[place] = random.integers(256)
+        for offset in random.integers(0, len(file), 4):
+            damaged[offset] = random.integers(256)
         with suppress(InputError):
             assert read_image(bytes(damaged)).mode == "RGB"
 

@@ -33,8 +33,8 @@ def test_resized_image_is_centred_on_black() -> None:
 
 def test_base_tile_comes_first_then_the_canvas_row_by_row() -> None:
     image = Image.new("RGB", (8, 8))
-    for place, color in (((0, 0), 10), ((4, 0), 20), ((0, 4), 30), ((4, 4), 40)):
-        image.paste((color, color, color), (*place, place[0] + 4, place[1] + 4))
+    for corner, color in (((0, 0), 10), ((4, 0), 20), ((0, 4), 30), ((4, 4), 40)):
+        image.paste((color, color, color), (*corner, corner[0] + 4, corner[1] + 4))
     tiles = tile_image(image, SMALL, 4)
     assert (tiles.columns, tiles.rows, tiles.image_size) == (2, 2, (8, 8))
     assert tiles.pixels.shape == (5, 4, 4, 3)

@@ -1,7 +1,7 @@
-"""The golden data under tests/golden, whose large files are compressed, as plain folders.
+"""Access to the golden data in tests/golden, whose large files are compressed.
 
-A subset of what the original implementation computed (tests/golden/README.md says which), in the
-format that `python -m xgenmm.evaluation.parity` reads.
+It is a subset of the original implementation's results (see tests/golden/README.md), in the format
+that `python -m xgenmm.evaluation.parity` reads.
 """
 
 import atexit
@@ -16,15 +16,15 @@ _COMPRESSED = Path(__file__).resolve().parents[1] / "golden"
 
 @cache
 def folder(name: str) -> Path:
-    """The golden folder `name`, unpacked once for this process."""
+    """Return the golden folder `name`, unpacked once per process."""
     target = _unpacked() / name
-    for source in sorted(path for path in (_COMPRESSED / name).rglob("*") if path.is_file()):
-        place = target / source.relative_to(_COMPRESSED / name)
-        place.parent.mkdir(parents=True, exist_ok=True)
+    for source in sorted(file for file in (_COMPRESSED / name).rglob("*") if file.is_file()):
+        path = target / source.relative_to(_COMPRESSED / name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".xz":
-            place.with_suffix("").write_bytes(lzma.decompress(source.read_bytes()))
+            path.with_suffix("").write_bytes(lzma.decompress(source.read_bytes()))
         else:
-            shutil.copyfile(source, place)
+            shutil.copyfile(source, path)
     return target
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders with tiny random weights, of each released family, in the released layout."""
+"""Tiny checkpoints with random weights, in the released layout of each family."""
 
 import json
 import shutil
@@ -24,12 +24,15 @@ ARCHITECTURES = {
 
 
 def checkpoint(folder: Path, version: str = "v1.5", *, base: bool = False) -> Path:
-    """Write a checkpoint whose tokenizer is the demo's; `base` takes single tiles and examples."""
+    """Write a checkpoint folder that uses the demo's tokenizer, and return it.
+
+    base: a base model, with few-shot prompts and one tile per image, not an instruct model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copy(DEMO / name, folder)
     demo = json.loads((DEMO / "config.json").read_text())["text_config"]
-    tile = 28
+    tile_size = 28
     config = {
         "architectures": [ARCHITECTURES[version]],
         "vision_encoder_config": {
@@ -37,7 +40,7 @@ def checkpoint(folder: Path, version: str = "v1.5", *, base: bool = False) -> Pa
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "image_size": tile,
+            "image_size": tile_size,
             "patch_size": 14,
             "output_dim": 16 if version == "v1" else 0,
         },
@@ -53,12 +56,16 @@ def checkpoint(folder: Path, version: str = "v1.5", *, base: bool = False) -> Pa
             "sliding_window": 63,
         },
     }
-    canvases = [[tile, 2 * tile], [2 * tile, tile], [2 * tile, 2 * tile]]
-    preprocessor = {"grids": None if base else canvases, "size": [tile, tile]}
+    canvases = [
+        [tile_size, 2 * tile_size],
+        [2 * tile_size, tile_size],
+        [2 * tile_size, 2 * tile_size],
+    ]
+    preprocessor = {"grids": None if base else canvases, "size": [tile_size, tile_size]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     torch.manual_seed(3)
     parameters = XGenMM(read_config(folder)).state_dict()
-    parameters["vlm.vision_tokenizer.projection.weight"] *= 20  # so that images make a difference
+    parameters["vlm.vision_tokenizer.projection.weight"] *= 20  # so that images affect the output
     save_file(parameters, folder / "model.safetensors")
     return folder

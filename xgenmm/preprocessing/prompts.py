@@ -108,7 +108,7 @@ def chat_prompt(
 ) -> Prompt:
     """Build the prompt of an instruct model, up to the start of its answer.
 
-    Each `<image>` in the question or a user message is the place of one image, in order. If there
+    Each `<image>` in the question or a user message stands for one image, in order. If there
     is none, all images go to the start of the first user turn, each on its own line.
 
     Args:
@@ -149,7 +149,7 @@ def few_shot_prompt(
 ) -> Prompt:
     """Build the prompt of a base model: examples, then the question for the model to continue.
 
-    Each `<image>` in the question or a user message is the place of one image, in order. If there
+    Each `<image>` in the question or a user message stands for one image, in order. If there
     is none, each example and the question get one image at their start; without examples, all
     images go in front of the question.
 
