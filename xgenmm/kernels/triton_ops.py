@@ -246,12 +246,12 @@ def linear(
     if out is None:
         out = x.new_empty(rows, features)
     residual_stride = 0 if residual is None else residual.stride(0)
-    padded_rows, block_n, block_k, stages = _linear_blocks(rows, width, features)
     tensors = (weight, scale, norm, bias, residual, out)
     strides = (x.stride(0), weight.stride(0), residual_stride, out.stride(0))
+    blocks = _linear_blocks(rows, width, features)
     _launch(
         _one_row_kernel if rows == 1 else _few_rows_kernel,
-        (triton.cdiv(features, block_n),),
+        (triton.cdiv(features, blocks["BLOCK_N"]),),
         x,
         *tensors,
         rows,
@@ -260,28 +260,35 @@ def linear(
         eps,
         WIDTH=width,
         GATED=gated,
-        ROWS=padded_rows,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=stages,
+        **blocks,
     )
     return out
 
 
-def _linear_blocks(rows: int, width: int, features: int) -> tuple[int, int, int, int]:
-    """Choose (padded rows, features per block, width per block, pipeline stages) for `linear`.
+def _linear_blocks(rows: int, width: int, features: int) -> dict[str, int]:
+    """Choose block sizes and launch options for `linear`.
 
     Memory bandwidth needs many bytes in flight: many programs per multiprocessor, each with several
     16-byte loads per thread. Not yet tuned on a device.
     """
     width = triton.next_power_of_2(width)
     if rows == 1:
-        return 1, 4, min(1024, width), 2
-    # Tensor cores need at least 16 rows.
-    padded_rows = max(16, triton.next_power_of_2(rows))
-    block_k = 128 if padded_rows == 16 else 64  # more would spill registers
-    return padded_rows, 16 if features <= 4096 else 32, min(block_k, max(16, width)), 4
+        return {
+            "ROWS": 1,
+            "BLOCK_N": 4,
+            "BLOCK_K": min(1024, width),
+            "num_warps": 4,
+            "num_stages": 2,
+        }
+    padded_rows = max(16, triton.next_power_of_2(rows))  # tensor cores need at least 16
+    largest_block_k = 128 if padded_rows == 16 else 64  # more would spill registers
+    return {
+        "ROWS": padded_rows,
+        "BLOCK_N": 16 if features <= 4096 else 32,
+        "BLOCK_K": min(largest_block_k, max(16, width)),
+        "num_warps": 4,
+        "num_stages": 4,
+    }
 
 
 @triton.jit
