@@ -1,16 +1,4 @@
-"""Ask about every image of a dataset.
-
-    python -m xgenmm.captioning.program photos -o captions
-    python -m xgenmm.captioning.program laion.parquet -o better --image-column url \\
-        --template "The page says: {alt} What does the image show?" --model NAME
-    python -m xgenmm.captioning.program shards/ -o answers.jsonl \\
-        --question "How many people?" --ray local
-
-INPUT is a folder of images, a table (.jsonl, .csv, .parquet) with paths or addresses, or
-WebDataset tars (a folder, a file or a pattern). OUTPUT is a folder of shards with a row for each
-image and question. Killed at any moment, the same command goes on: it does what is missing.
-An image that cannot be read is a row with an error.
-"""
+"""The sub-command `xgenmm caption`: options, settings of OUTPUT, progress and exit status."""
 
 import argparse
 import logging
@@ -21,47 +9,41 @@ from contextlib import closing
 from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from xgenmm.captioning.datasets import (
-    Record,
-    Row,
-    count_records,
-    literal,
-    open_shards,
-    read_records,
-)
-from xgenmm.captioning.pipeline import CaptionTask, in_process, with_ray
+from xgenmm.captioning.pipeline import CaptionTask, caption_in_process
+from xgenmm.captioning.ray_pipeline import caption_with_ray
+from xgenmm.captioning.records import Record, Row
+from xgenmm.captioning.shards import Shards, open_shards
+from xgenmm.captioning.sources import count_records, read_records
+from xgenmm.captioning.templates import escape_template
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 from xgenmm.errors import CheckpointError, EngineError, InputError
 
+DESCRIPTION = """\
+Ask the same questions about every image of a dataset.
+
+    xgenmm caption photos -o captions
+    xgenmm caption laion.parquet -o captions.jsonl --image-column url \\
+        --template "The page says: {alt} What does the image show?"
+    xgenmm caption "shards/*.tar" -o counts --question "How many people?" --ray local
+
+INPUT is a folder of images, a table (.jsonl, .csv, .parquet) with a column of paths or URLs, or
+WebDataset tars (a folder, a file or a pattern). OUTPUT is a folder of shards with a row for each
+image and question. An image that cannot be read gets a row with an error. To continue a run that
+was interrupted, give the same command again.
+"""
+
 FORMATS = ("parquet", "jsonl")
-QUANTIZE = ("int8", "fp8")  # `quantization.QUANTIZATIONS`, for which one would wait for PyTorch
+QUANTIZATIONS = ("int8", "fp8")  # those of `models.quantization`, which imports PyTorch
 SHARD_ROWS = 1000
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    try:
-        _caption(_parser().parse_args(arguments))
-    except (CheckpointError, EngineError, InputError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m xgenmm.captioning.program",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `xgenmm caption`."""
     add = parser.add_argument
     model = os.environ.get("XGENMM_MODEL") or "demo"
     add("input", metavar="INPUT", help="folder, table, or tars")
@@ -70,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--question",
         dest="templates",
         action="append",
-        type=literal,
+        type=escape_template,
         help="may be repeated; default: describe the image",
     )
     add(
@@ -78,25 +60,38 @@ def _parser() -> argparse.ArgumentParser:
         dest="templates",
         action="append",
         metavar="TEMPLATE",
-        help="a question with the row's {column} in it; may be repeated",
+        help="a question that contains {column}s of the row; may be repeated",
     )
-    add("--image-column", default="image", help="of a table: the column of paths or addresses")
-    add("--model", default=model, help=f"a released name or a folder; default: {model}")
+    add("--image-column", default="image", help="a table's column of paths or URLs; default: image")
+    add("--model", default=model, help=f"name or folder of a checkpoint; default: {model}")
     add("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--quantize", choices=QUANTIZE, help="of the decoder's weights; default: neither")
-    add("--format", choices=FORMATS, help="default: what OUTPUT ends with, or parquet")
+    add("--quantize", choices=QUANTIZATIONS, help="the decoder's weights; default: neither")
+    add("--format", choices=FORMATS, help="default: the suffix of OUTPUT, or parquet")
     add("--shard-rows", type=int, default=SHARD_ROWS, help=f"default: {SHARD_ROWS}")
-    add("--ray", metavar="ADDRESS", help="run on this Ray cluster; local: on this machine")
-    add("--actors", type=int, help="engines with --ray; default: one a GPU, or one a CPU core")
-    add("--system-prompt")
+    add("--ray", metavar="ADDRESS", help="run on a Ray cluster; local: start one on this machine")
+    add("--actors", type=int, help="engines with --ray; default: one per GPU, else per CPU core")
+    add("--system-prompt", help="default: the one used in training")
     defaults = SamplingParams()
     for name in LIMITS:
         default = getattr(defaults, name)
-        kind = float if isinstance(default, float) else int
-        add(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default: {default}")
+        type_ = float if isinstance(default, float) else int
+        add(f"--{name.replace('_', '-')}", type=type_, default=default, help=f"default: {default}")
     add("--stop", dest="stop_sequences", action="append", default=[], help="may be repeated")
-    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `xgenmm caption` with the parsed arguments; return its exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        _caption(options)
+    except (CheckpointError, EngineError, InputError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; give the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _caption(options: argparse.Namespace) -> None:
@@ -112,11 +107,24 @@ def _caption(options: argparse.Namespace) -> None:
         sampling,
     )
     caption_question = read_config(resolve(task.model)).text.caption_question
-    templates = options.templates or [literal(caption_question)]
+    templates = options.templates or [escape_template(caption_question)]
     format_ = options.format or options.output.suffix.removeprefix(".")
     if format_ not in FORMATS:
         format_ = "parquet"
-    settings = {
+    count = count_records(options.input, templates, options.image_column)
+    settings = _settings(options, task, templates)
+    with open_shards(options.output, format_, options.shard_rows, settings) as shards:
+        pending = shards.pending(read_records(options.input, templates, options.image_column))
+        rows = _answer(task, pending, options.ray, options.actors)
+        written, errors = _write(shards, rows, options.output.name, count, len(templates))
+    print(f"{options.output}: {written} new rows, {errors} with an error")
+
+
+def _settings(
+    options: argparse.Namespace, task: CaptionTask, templates: Sequence[str]
+) -> dict[str, Any]:
+    """Return everything that the rows depend on, for `open_shards`."""
+    return {
         "input": str(Path(options.input)),
         "image_column": options.image_column,
         "questions": templates,
@@ -124,40 +132,39 @@ def _caption(options: argparse.Namespace) -> None:
         "dtype": task.dtype,
         "quantize": task.quantize,
         "system_prompt": task.system_prompt,
-        **asdict(sampling),
+        **asdict(task.sampling),
     }
-    count = count_records(options.input, templates, options.image_column)
-    with open_shards(options.output, format_, options.shard_rows, settings) as shards:
-        done, errors = len(shards.done), 0
-        missing = shards.missing(read_records(options.input, templates, options.image_column))
-        with tqdm(
-            desc=options.output.name,
-            total=count * len(templates),
-            initial=done * len(templates),
-            unit="row",
-            dynamic_ncols=True,
-        ) as bar:
-            for rows in _answers(task, missing, options.ray, options.actors):
-                shards.add(rows)
-                errors += sum(row.error is not None for row in rows)
-                bar.update(len(rows))
-        new = (len(shards.done) - done) * len(templates)
-    print(f"{options.output}: {new} rows were missing and are there, {errors} with an error")
 
 
-def _answers(
-    task: CaptionTask, records: Iterator[Record], address: str | None, actors: int | None
+def _answer(
+    task: CaptionTask, records: Iterator[Record], address: str | None, num_actors: int | None
 ) -> Iterator[list[Row]]:
     first = next(records, None)
     if first is None:
-        return  # without waiting for an engine that has nothing to do
+        return  # without loading an engine
     records = chain([first], records)
     if address is not None:
-        yield from with_ray(task, records, address, actors)
+        yield from caption_with_ray(task, records, address, num_actors)
     else:
         with closing(task.load()) as engine:
-            yield from in_process(engine, task, records)
+            yield from caption_in_process(engine, task, records)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _write(
+    shards: Shards, rows: Iterator[list[Row]], title: str, num_records: int, num_questions: int
+) -> tuple[int, int]:
+    """Add rows to `shards` behind a progress bar; return the number of rows and of errors."""
+    written = errors = 0
+    with tqdm(
+        desc=title,
+        total=num_records * num_questions,
+        initial=len(shards.images) * num_questions,
+        unit="row",
+        dynamic_ncols=True,
+    ) as progress:
+        for record_rows in rows:
+            shards.add(record_rows)
+            written += len(record_rows)
+            errors += sum(row.error is not None for row in record_rows)
+            progress.update(len(record_rows))
+    return written, errors

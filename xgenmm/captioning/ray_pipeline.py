@@ -1,0 +1,236 @@
+"""`pipeline` on Ray Data: tasks on CPUs read and tile images, actors with an engine each answer.
+
+Ray and pyarrow are imported only where they are used; they are optional dependencies.
+"""
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from xgenmm.captioning.pipeline import (
+    MAX_NUM_SEQS,
+    RECORDS_PER_SEQ,
+    CaptionTask,
+    answer_record,
+    map_in_threads,
+    preprocess_record,
+)
+from xgenmm.captioning.records import Record, Row
+from xgenmm.checkpoints.registry import read_config, resolve
+from xgenmm.errors import InputError
+from xgenmm.preprocessing.tiling import TiledImage
+
+RECORDS_PER_BLOCK = 32
+"""Records that a task reads, and an actor receives, at a time."""
+
+BLOCKS_PER_ACTOR = RECORDS_PER_SEQ * MAX_NUM_SEQS // RECORDS_PER_BLOCK
+"""Blocks that an actor works on at once, so that the end of one leaves no sequence idle."""
+
+
+def caption_with_ray(
+    task: CaptionTask, records: Iterable[Record], address: str, num_actors: int | None = None
+) -> Iterator[list[Row]]:
+    """Yield the rows of each record as soon as they are complete, from a Ray Data pipeline.
+
+    Ray replaces an actor or a worker that dies and repeats its unfinished blocks.
+
+    Args:
+        records: kept in Ray's memory all at once; their images are not.
+        address: of a running cluster (see `ray.init`), whose machines have this package, the
+            checkpoint and INPUT at the same paths; `local` starts a cluster on this machine.
+        num_actors: number of engines; by default one per GPU, or one per CPU core without GPUs.
+
+    Raises InputError if the cluster cannot be reached or is too small.
+    """
+    ray = _connect(address)
+    try:
+        num_actors, use_gpu = choose_actors(ray.cluster_resources(), task, num_actors)
+        task = replace(
+            task,
+            model=str(resolve(task.model).absolute()),
+            device="cuda" if use_gpu else "cpu",  # an actor sees only the GPU that it reserved
+        )
+        results = _build_pipeline(ray, task, records, num_actors, use_gpu=use_gpu)
+        for row in results.iter_rows():
+            yield [Row(**cells) for cells in json.loads(row["rows"])]
+    finally:
+        ray.shutdown()
+
+
+def choose_actors(
+    resources: Mapping[str, float], task: CaptionTask, num_actors: int | None
+) -> tuple[int, bool]:
+    """Return the number of actors, and whether each reserves a GPU rather than a CPU core.
+
+    resources: of the cluster, as `ray.cluster_resources` returns them.
+
+    Raises InputError if the cluster has too few of what `task.device` and `num_actors` ask for.
+    """
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    use_gpu = gpus > 0 and task.device != "cpu"
+    if not use_gpu and task.device not in (None, "cpu"):
+        raise InputError("device", f"the cluster has no GPU for {task.device!r}; use cpu")
+    capacity = gpus if use_gpu else cpus - 1  # one core reads images
+    num_actors = capacity if num_actors is None else num_actors
+    if not 1 <= num_actors <= capacity:
+        resource = "GPUs" if use_gpu else "CPU cores besides the one that reads images"
+        raise InputError(
+            "actors", f"{num_actors} do not fit: the cluster has {capacity} {resource}"
+        )
+    return num_actors, use_gpu
+
+
+def _build_pipeline(
+    ray: Any, task: CaptionTask, records: Iterable[Record], num_actors: int, *, use_gpu: bool
+) -> Any:
+    """Return the Ray dataset of answers; iterating over it runs the pipeline."""
+    items = [{"record": json.dumps(asdict(record))} for record in records]
+    blocks = -(-len(items) // RECORDS_PER_BLOCK)
+    return (
+        ray.data.from_items(items, override_num_blocks=blocks)
+        .map_batches(
+            preprocess_block,
+            fn_args=[task],
+            batch_size=None,
+            batch_format="pyarrow",
+            # Other resources than the actors', or Ray fuses the two stages into one.
+            num_cpus=0.75,
+        )
+        .map_batches(
+            CaptionActor,
+            fn_constructor_args=[task],
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=num_actors,
+                max_concurrent_calls_per_actor=BLOCKS_PER_ACTOR,
+                max_tasks_in_flight_per_actor=BLOCKS_PER_ACTOR,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=0 if use_gpu else 1,
+            num_gpus=1 if use_gpu else 0,
+        )
+    )
+
+
+def preprocess_block(block: Any, task: CaptionTask) -> Any:
+    """Run `preprocess_record` on a block of records, as a Ray task on a CPU.
+
+    block: a pyarrow table with the column `record`, in JSON. Returns a table with the fields of
+    TiledImage next to it, or an `error`.
+    """
+    import pyarrow
+
+    config = read_config(resolve(task.model))
+    rows = []
+    for record in block["record"].to_pylist():
+        image = preprocess_record(_parse_record(record), config)
+        if isinstance(image, str):
+            rows.append({"record": record, "error": image})
+        else:
+            rows.append(
+                {
+                    "record": record,
+                    "pixels": image.pixels.tobytes(),
+                    "shape": list(image.pixels.shape),
+                    "columns": image.columns,
+                    "rows": image.rows,
+                    "image_size": list(image.image_size),
+                }
+            )
+    sizes = pyarrow.list_(pyarrow.int32())
+    schema = pyarrow.schema(
+        {
+            "record": pyarrow.string(),
+            "error": pyarrow.string(),
+            "pixels": pyarrow.large_binary(),
+            "shape": sizes,
+            "columns": pyarrow.int32(),
+            "rows": pyarrow.int32(),
+            "image_size": sizes,
+        }
+    )
+    return pyarrow.Table.from_pylist(rows, schema)
+
+
+class CaptionActor:
+    """A Ray actor with an engine. Ray calls it from several threads, with a block each."""
+
+    def __init__(self, task: CaptionTask) -> None:
+        self._task = task
+        self._engine = task.load()
+
+    def __call__(self, block: Any) -> Any:
+        """Return the rows of each record of a table from `preprocess_block`, in JSON."""
+        import pyarrow
+
+        def answer(item: dict[str, Any]) -> list[Row]:
+            record = _parse_record(item["record"])
+            return answer_record(self._engine, self._task, record, _parse_image(item))
+
+        answers = map_in_threads(answer, block.to_pylist(), len(block))
+        return pyarrow.table({"rows": [json.dumps([asdict(row) for row in a]) for a in answers]})
+
+
+def _parse_record(text: str) -> Record:
+    fields = json.loads(text)
+    return Record(**{**fields, "questions": tuple(fields["questions"])})
+
+
+def _parse_image(item: dict[str, Any]) -> TiledImage | str:
+    if item["error"] is not None:
+        return str(item["error"])
+    pixels = np.frombuffer(item["pixels"], dtype=np.uint8).reshape(item["shape"])
+    width, height = item["image_size"]
+    return TiledImage(pixels, item["columns"], item["rows"], (width, height))
+
+
+def _connect(address: str) -> Any:
+    """Connect to a Ray cluster, or start a local one, and return the module `ray`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise InputError("ray", 'install it: pip install "cog-xgen-mm[data]"') from error
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+    try:
+        if address == "local":
+            # The engines take a core each; Ray needs one more to run the tasks that read images.
+            num_cpus = (os.cpu_count() or 1) + 1
+            ray.init("local", num_cpus=num_cpus, include_dashboard=False, **settings)
+        else:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if host and port.isdigit():  # fails at once, where Ray retries for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
+            with _single_attempt():
+                ray.init(address, **settings)
+    except (OSError, ValueError) as error:
+        raise InputError("ray", f"no cluster at {address!r} ({error})") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray
+
+
+@contextmanager
+def _single_attempt() -> Iterator[None]:
+    """Let Ray try to connect once (41 s) rather than 20 times, in case the port is not Ray's.
+
+    A value that the user has set wins. Unset afterwards, because starting a cluster takes longer.
+    """
+    name = "RAY_gcs_server_port_wait_time_s"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]

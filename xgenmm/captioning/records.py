@@ -1,0 +1,46 @@
+"""What INPUT and OUTPUT consist of: a record is an image with its questions, a row is an answer."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of INPUT and the questions about it.
+
+    id: unique in INPUT and the same in every run: the path in a folder, the row number of a table
+        (from 0), or `TAR/KEY`.
+    image: the image as INPUT names it.
+    source: the file or http(s) URL that contains the image.
+    offset, size: the byte range of the image in `source`; the whole of it if `size` is None.
+    questions: the templates, filled with the columns of this record.
+    error: why the record cannot be used, if listing it already showed that; `questions` are then
+        the unfilled templates.
+    """
+
+    id: str
+    image: str
+    source: str
+    offset: int = 0
+    size: int | None = None
+    questions: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question and its answer, as written to OUTPUT. `text` is None if there is an `error`."""
+
+    id: str
+    image: str
+    question: str
+    text: str | None = None
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    output_tokens: int = 0
+    stop_reason: str | None = None
+    error: str | None = None
+
+
+def escape_surrogates(text: str) -> str:
+    """Replace what UTF-8 cannot encode (lone surrogates, undecodable file names) by `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode()

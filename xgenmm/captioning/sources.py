@@ -1,0 +1,88 @@
+"""List the records of INPUT: a folder of images, a table, or WebDataset tars.
+
+Listing opens no image; `images.load_image` does that later, for one record at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from xgenmm.captioning.images import IMAGE_SUFFIXES
+from xgenmm.captioning.records import Record, escape_surrogates
+from xgenmm.captioning.tables import TABLE_READERS, read_table
+from xgenmm.captioning.templates import Columns, add_questions, template_columns
+from xgenmm.captioning.webdataset import read_tars
+from xgenmm.errors import InputError
+
+
+def count_records(source: str, templates: Sequence[str], column: str) -> int:
+    """Return the number of records in INPUT.
+
+    Raises InputError if INPUT cannot be listed or is empty, or if none of its records has a column
+    that `templates` or `column` name.
+    """
+    count, names, first = 0, set[str](), None
+    for record, columns in _list(source, column):
+        first = first or record
+        count += 1
+        names |= columns.keys()
+    if first is None:
+        raise InputError("INPUT", f"{source} contains no images")
+    if not names:
+        problem = str(first.error).removeprefix("INPUT: ")
+        raise InputError("INPUT", f"no row of {source} can be read; the first error is: {problem}")
+    required = [("image-column", column)]
+    required += [("template", name) for t in templates for name in template_columns(t)]
+    for option, name in required:
+        if name not in names:
+            raise InputError(
+                option, f"{source} has no column {name!r}; it has {', '.join(sorted(names))}"
+            )
+    return count
+
+
+def read_records(source: str, templates: Sequence[str], column: str) -> Iterator[Record]:
+    """Yield the records of INPUT, in the same order every time, each with all `templates` filled.
+
+    Args:
+        source: a folder of images or tars, a table, a tar, or a pattern (`*.tar`) of tars.
+        templates: questions with column names in braces. A folder has the column `image`; tars
+            have `image`, `key`, `txt`, and the fields of a sample's .json.
+        column: the table's column of URLs, or of paths relative to the table's folder.
+    """
+    for record, columns in _list(source, column):
+        yield add_questions(record, columns, templates)
+
+
+def _list(source: str, column: str) -> Iterator[tuple[Record, Columns]]:
+    path = Path(source).absolute()  # Ray's workers have another working directory
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        return read_tars(path, tars, column) if tars else _read_folder(path, column)
+    if path.suffix == ".tar":
+        root, tars = _match_tars(path)
+        if tars:
+            return read_tars(root, tars, column)
+    if not path.is_file():
+        raise InputError("INPUT", f"{source} does not exist; give a folder, a table or .tar files")
+    if path.suffix not in TABLE_READERS:
+        suffixes = ", ".join(TABLE_READERS)
+        raise InputError("INPUT", f"{source} is not a table ({suffixes}), a .tar file or a folder")
+    return read_table(path, column)
+
+
+def _match_tars(pattern: Path) -> tuple[Path, list[Path]]:
+    """Return the folder above the first wildcard of a pattern, and the files that match it."""
+    if pattern.exists():
+        return pattern.parent, [pattern]
+    root = Path(*takewhile(lambda part: not set("*?[") & set(part), pattern.parent.parts))
+    return root, sorted(root.glob(str(pattern.relative_to(root))))
+
+
+def _read_folder(folder: Path, column: str) -> Iterator[tuple[Record, Columns]]:
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    for path in sorted(path for path in paths if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        image = escape_surrogates(name)
+        error = None if image == name else "image: the file name is not valid UTF-8; rename it"
+        yield Record(image, image, "" if error else str(path), error=error), {column: image}
