@@ -1,13 +1,13 @@
-"""Tests of the vLLM plugin, for `make test-vllm`: they need an environment of their own."""
+"""Settings for the tests of the vLLM plugin, for `make test-vllm` and its own environment."""
 
 import importlib.util
 import os
 
-# Where vLLM is not installed, as in `make test`, there is nothing here to collect.
+# Without vLLM, as in `make test`, no test is collected here.
 collect_ignore_glob = ["*"]
 if importlib.util.find_spec("vllm"):
     collect_ignore_glob = []
-    # Read when vLLM is imported: engines in this process, on all cores, with a small cache.
+    # vLLM reads these when imported: engines in this process, on all cores, with a small cache.
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",  # GB

@@ -1,4 +1,4 @@
-"""vLLM's engine in this process, with a checkpoint folder, for as long as a test needs it."""
+"""vLLM's engine in this process, shut down after use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ FLOAT32 = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8}
 
 
 @contextmanager
-def running(folder: Path, **options: Any) -> Iterator[LLM]:
-    """An engine for `folder`. It keeps nothing of one prompt for another."""
+def vllm_engine(folder: Path, **options: Any) -> Iterator[LLM]:
+    """An engine for a checkpoint folder, in float32 and without prefix caching."""
     llm = LLM(str(folder), enable_prefix_caching=False, **{**FLOAT32, **options})
     try:
         yield llm

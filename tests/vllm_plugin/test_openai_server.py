@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server with the demo, as a client meets it."""
+"""Tests of vLLM's OpenAI server with the demo, through OpenAI's client."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ import openai
 import pytest
 
 import xgenmm
-from scripts.local_server import ROOT, data_url, free_port
+from tests.support.server import ROOT, data_url, free_port
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -63,20 +63,20 @@ def wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def messages(question: str, images: list[str]) -> list[Any]:
-    parts = [{"type": "image_url", "image_url": {"url": data_url(EXAMPLES / p)}} for p in images]
+    parts = [{"type": "image_url", "image_url": {"url": data_url(EXAMPLES / i)}} for i in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
-def questions() -> list[dict[str, Any]]:
-    asked: list[dict[str, Any]] = json.loads((EXAMPLES / "questions.json").read_text())
-    return asked
+def read_questions() -> list[dict[str, Any]]:
+    questions: list[dict[str, Any]] = json.loads((EXAMPLES / "questions.json").read_text())
+    return questions
 
 
-def test_demo_questions_get_the_packages_answers(client: openai.OpenAI) -> None:
-    package = xgenmm.load("demo", device="cpu", dtype="float32")
-    for example in questions():
+def test_answers_equal_the_engines(client: openai.OpenAI) -> None:
+    engine = xgenmm.load("demo", device="cpu", dtype="float32")
+    for example in read_questions():
         images = [xgenmm.read_image(EXAMPLES / name) for name in example["images"]]
-        expected = "".join(package.stream(xgenmm.Request(example["question"], images)))
+        expected = "".join(engine.stream(xgenmm.Request(example["question"], images)))
         answer = client.chat.completions.create(
             model="demo", messages=messages(example["question"], example["images"])
         )
@@ -84,15 +84,15 @@ def test_demo_questions_get_the_packages_answers(client: openai.OpenAI) -> None:
         assert answer.choices[0].finish_reason == "stop"
 
 
-def test_an_answer_streams(client: openai.OpenAI) -> None:
-    asked = messages("What is to the left of the orange star?", ["scene-8.png"])
-    whole = client.chat.completions.create(model="demo", messages=asked)
-    chunks = client.chat.completions.create(model="demo", messages=asked, stream=True)
+def test_a_streamed_answer_equals_the_whole(client: openai.OpenAI) -> None:
+    question = messages("What is to the left of the orange star?", ["scene-8.png"])
+    whole = client.chat.completions.create(model="demo", messages=question)
+    chunks = client.chat.completions.create(model="demo", messages=question, stream=True)
     streamed = [chunk.choices[0].delta.content or "" for chunk in chunks]
     assert "".join(streamed) == whole.choices[0].message.content
 
 
-def test_a_mistake_is_the_clients(client: openai.OpenAI) -> None:
+def test_wrong_input_is_a_bad_request(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="images: 1 given, but 2 <image>"):
         client.chat.completions.create(
             model="demo", messages=messages("<image> or <image>?", ["scene-8.png"])

@@ -1,31 +1,37 @@
-"""vLLM plugin: serves the same checkpoints with continuous batching and tensor parallelism.
+"""vLLM plugin: serve v1.5 checkpoints with continuous batching and tensor parallelism.
 
 vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its
-processes. From then on `--model FOLDER` works for every checkpoint with v1.5's sampler:
+processes. From then on `--model FOLDER` accepts every v1.5 checkpoint and the demo.
 
-    configuration.py  config.json -> a configuration as vLLM reads it; defaults; what is refused
-    processor.py      images -> tiles, and how many positions they take in the prompt
-    text.py           messages -> ids, and ids -> text, by the package's own convention
-    model.py          vLLM's SigLIP and Phi-3 around the package's sampler
+    configuration.py  config.json -> vLLM's configuration and defaults
+    processor.py      images -> tiles, and the number of their tokens in the prompt
+    tokenizer.py      text <-> ids, with the package's tokenizer
+    renderer.py       chat messages -> prompt ids, with the package's prompts
+    model.py          vLLM's SigLIP and Phi-3 with the package's resampler
 
-Written for the internals of one minor version of vLLM, and registered with no other.
+It relies on vLLM's internals, so it registers only with the minor version that it was written for.
 """
 
 import logging
 
-VERSION = "0.32"
+VLLM_VERSION = "0.32"
 ARCHITECTURE = "XGenMMModelForConditionalGeneration"
-MODE = "xgenmm"  # vLLM's name for a way to make prompts and text
+TOKENIZER_MODE = "xgenmm"
+"""The name under which vLLM finds the tokenizer and the renderer."""
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Tell vLLM of our configuration, model, tokenizer and prompts. May be called again."""
+    """Register the configuration, model, tokenizer and renderer with vLLM. Idempotent."""
     import vllm
 
-    if not vllm.__version__.startswith(f"{VERSION}."):
-        logger.warning("xgenmm serves from vLLM %s, not from %s", VERSION, vllm.__version__)
+    if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
+        logger.warning(
+            "the xgenmm plugin needs vLLM %s and is disabled in vLLM %s",
+            VLLM_VERSION,
+            vllm.__version__,
+        )
         return
 
     from transformers import AutoConfig
@@ -34,12 +40,12 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from xgenmm.vllm_plugin.configuration import Blip3Config, Defaults, XGenMMConfig
+    from xgenmm.vllm_plugin.configuration import Blip3Config, ModelDefaults, XGenMMConfig
 
     for config in (XGenMMConfig, Blip3Config):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    MODELS_CONFIG_MAP[ARCHITECTURE] = Defaults
-    # By name: what vLLM's processes import before they choose a device is kept small.
+    MODELS_CONFIG_MAP[ARCHITECTURE] = ModelDefaults
+    # By name, because vLLM's processes must not initialize CUDA while they import plugins.
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:XGenMMForCausalLM")
-    TokenizerRegistry.tokenizers[MODE] = (f"{__name__}.text", "VllmTokens")
-    RENDERER_REGISTRY.renderers[MODE] = (f"{__name__}.text", "PromptRenderer")
+    TokenizerRegistry.tokenizers[TOKENIZER_MODE] = (f"{__name__}.tokenizer", "VllmTokenizer")
+    RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = (f"{__name__}.renderer", "PromptRenderer")

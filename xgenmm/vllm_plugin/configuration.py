@@ -1,6 +1,6 @@
-"""A checkpoint's `config.json` as vLLM reads it, and vLLM's settings that follow from it.
+"""A checkpoint's `config.json` in Hugging Face's terms, and vLLM's defaults for these models.
 
-The released file states few sizes; `xgenmm.config` fills the rest. Knows nothing of weights.
+The released file states few sizes; `xgenmm.config` fills in the others.
 """
 
 from typing import Any
@@ -12,55 +12,58 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from xgenmm.config import from_json
 from xgenmm.models.phi3_huggingface import phi3_config
 from xgenmm.models.vision import siglip_config
-from xgenmm.vllm_plugin import ARCHITECTURE, MODE
+from xgenmm.vllm_plugin import ARCHITECTURE, TOKENIZER_MODE
 
 
 class XGenMMConfig(PretrainedConfig):
-    """`config.json` of v1.5, with the two parts that vLLM builds itself in Hugging Face's terms.
+    """`config.json` of v1.5, with configurations of the two parts that vLLM implements itself.
 
-    text_config: Phi-3 with the additional tokens as part of its vocabulary.
+    text_config: Phi-3, with the additional tokens at the end of its vocabulary.
     vision_config: SigLIP.
+
+    Raises ValueError for a v1 checkpoint.
     """
 
     model_type = "xgenmm"
 
-    def __init__(self, **stated: Any) -> None:
-        stated.setdefault("architectures", [ARCHITECTURE])
-        # Only tiles and prompts depend on the preprocessor, and those are not read from here.
-        config = from_json(stated, {})
+    def __init__(self, **fields: Any) -> None:
+        fields.setdefault("architectures", [ARCHITECTURE])
+        # The preprocessor's settings affect only tiles and prompts, which do not depend on this.
+        config = from_json(fields, {})
         if config.vision.tower != "siglip":
             raise ValueError(
-                "model: vLLM serves xGen-MM v1.5 and demo, but this is v1, whose tower and sampler "
-                "it does not have; use a v1.5 checkpoint, or xgenmm.load for this one"
+                "model: vLLM serves xGen-MM v1.5 and demo, but this is v1, whose vision tower and "
+                "resampler vLLM does not support; use a v1.5 checkpoint, or xgenmm.load for this "
+                "one"
             )
         decoder = config.decoder
-        # Ids of the additional tokens follow the first `initial_vocab` without a gap.
+        # The ids of the additional tokens directly follow the first `initial_vocab` ids.
         vocab_size = decoder.initial_vocab + decoder.additional_tokens
-        stated["text_config"] = phi3_config(decoder, vocab_size)
-        stated["vision_config"] = siglip_config(config.vision)
-        super().__init__(**stated)
+        fields["text_config"] = phi3_config(decoder, vocab_size)
+        fields["vision_config"] = siglip_config(config.vision)
+        super().__init__(**fields)
 
 
 class Blip3Config(XGenMMConfig):
-    """v1's `config.json` under its own name: recognised so that it is refused in clear words."""
+    """v1's `config.json`, registered only so that it is refused with a clear error."""
 
     model_type = "blip_3"
-    __init__ = XGenMMConfig.__init__  # or transformers gives the class one of its own
+    __init__ = XGenMMConfig.__init__  # transformers generates one for a class that defines none
 
 
-class Defaults(VerifyAndUpdateConfig):
-    """Settings of vLLM that a person leaves open and that must not be vLLM's own."""
+class ModelDefaults(VerifyAndUpdateConfig):
+    """Defaults of vLLM's settings where they differ from vLLM's own."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Our own prompts and text; greedy decoding, as the models are meant to be run."""
+        """Use the package's prompts and tokenizer, and greedy decoding, as the authors do."""
         if model_config.tokenizer_mode == "auto":
-            model_config.tokenizer_mode = MODE
+            model_config.tokenizer_mode = TOKENIZER_MODE
         model_config.override_generation_config.setdefault("temperature", 0.0)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Share out tiles instead of heads where the tower's heads cannot be divided."""
+        """Distribute tiles over the devices where the vision tower's heads cannot be split."""
         model_config = vllm_config.model_config
         heads = model_config.hf_config.vision_config.num_attention_heads
         if heads % vllm_config.parallel_config.tensor_parallel_size:

@@ -1,8 +1,8 @@
-"""The model as vLLM runs it: its SigLIP and its Phi-3, which shard, and the package's sampler.
+"""xGen-MM for vLLM: vLLM's SigLIP and Phi-3, which support tensor parallelism, and our resampler.
 
-Whatever the released weights need beyond the stock parts is here: regrouped tiles and the padding
-mask before the sampler, the additional tokens' rows joined to the vocabulary's, and the output
-layer's bias. The sliding window and the sizes are in `configuration.py`.
+What the released weights need beyond these parts is here: regrouped tiles and the padding mask
+before the resampler, the rows of the additional tokens appended to the vocabulary's, and the bias
+of the output layer. The sliding window and all sizes are in `configuration.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,13 +30,18 @@ from xgenmm.checkpoints.registry import read_config
 from xgenmm.models.image_features import normalize, padding_mask, regroup
 from xgenmm.models.resampler import PerceiverResampler
 from xgenmm.preprocessing.prompts import IMAGE
-from xgenmm.vllm_plugin.processor import DummyImages, ImageInfo, ImageProcessor, tile_counts
+from xgenmm.vllm_plugin.processor import (
+    XGenMMDummyInputsBuilder,
+    XGenMMMultiModalProcessor,
+    XGenMMProcessingInfo,
+    count_tiles,
+)
 
-_ADDITIONAL = ("additional_embedding.", "additional_fc.")
+_ADDITIONAL_PREFIXES = ("additional_embedding.", "additional_fc.")
 
 
 class Phi3WithBias(Phi3ForCausalLM):
-    """vLLM's Phi-3 with a bias in its output layer."""
+    """vLLM's Phi-3 with a bias in the output layer."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -50,13 +55,15 @@ class Phi3WithBias(Phi3ForCausalLM):
             )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[positions, width] -> [positions, vocabulary], on the first of the sharing devices."""
+        """[positions, width] -> logits, [positions, vocabulary]; None where vLLM gathers none."""
         return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
 
 
-@MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ImageInfo, dummy_inputs=DummyImages)
+@MULTIMODAL_REGISTRY.register_processor(
+    XGenMMMultiModalProcessor, info=XGenMMProcessingInfo, dummy_inputs=XGenMMDummyInputsBuilder
+)
 class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
-    """xGen-MM v1.5. The sampler is whole on each device: it is small."""
+    """xGen-MM v1.5. Each device has the whole resampler (110 million parameters)."""
 
     _mark_tower_model: Callable[..., AbstractContextManager[None]]
     _mark_language_model: Callable[..., AbstractContextManager[None]]
@@ -92,13 +99,14 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
-        """What stands for an image in a message."""
+        """Return the text that stands for an image in a message."""
         return IMAGE
 
     def embed_multimodal(self, **inputs: torch.Tensor) -> MultiModalEmbeddings:
-        """Tiles of several requests -> vision tokens of each image, [tiles * latents, width].
+        """Return the vision tokens of each image, [tiles * latents, width].
 
-        `inputs` are those of `ImageProcessor`, joined; none if there is no image.
+        inputs: `pixels` and `layout` of `XGenMMMultiModalProcessor`, concatenated over the images
+            of several requests; empty if there are no images.
         """
         if "pixels" not in inputs:
             return []
@@ -108,16 +116,16 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
             features = run_dp_sharded_vision_model(tiles, self.vision_encoder)
         else:
             features = self.vision_encoder(tiles)
-        counts = tile_counts(layout).tolist()
-        parts, masks = [], []
-        for (columns, rows, width, height), part in zip(
+        counts = count_tiles(layout).tolist()
+        regrouped, masks = [], []
+        for (columns, rows, width, height), image_features in zip(
             layout.tolist(), features.split(counts), strict=True
         ):
-            parts.append(regroup(part, columns, rows))
+            regrouped.append(regroup(image_features, columns, rows))
             masks.append(padding_mask(columns, rows, (width, height), config.vision.grid))
         mask = torch.cat(masks).to(pixels.device)
-        tokens: torch.Tensor = self.vision_tokenizer(torch.cat(parts), mask)
-        return [one.flatten(0, 1) for one in tokens.split(counts)]
+        tokens: torch.Tensor = self.vision_tokenizer(torch.cat(regrouped), mask)
+        return [image_tokens.flatten(0, 1) for image_tokens in tokens.split(counts)]
 
     def forward(
         self,
@@ -127,38 +135,41 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
         inputs_embeds: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor | IntermediateTensors:
-        """Ids or embeddings -> final hidden states [positions, width]."""
+        """Ids or embeddings -> final hidden states, [positions, width]."""
         if intermediate_tensors is not None:
             inputs_embeds = None
         return self.lang_model.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[positions, width] -> [positions, initial_vocab + additional]."""
+        """[positions, width] -> logits, [positions, initial_vocab + additional_tokens]."""
         return self.lang_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the released parameters; returns the names that were filled."""
-        joined = _joined(weights, self.config.decoder.initial_vocab)
-        return AutoWeightsLoader(self).load_weights(joined, mapper=self.hf_to_vllm_mapper)
+        """Load the released parameters; return the names of those that were set."""
+        merged = append_additional_rows(weights, self.config.decoder.initial_vocab)
+        return AutoWeightsLoader(self).load_weights(merged, mapper=self.hf_to_vllm_mapper)
 
 
-def _joined(
+def append_additional_rows(
     weights: Iterable[tuple[str, torch.Tensor]], initial_vocab: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The vocabulary's rows and those of the additional tokens as one, whichever comes first.
+    """Append the additional tokens' rows to the vocabulary's, in embedding and output layer.
 
-    Of the vocabulary's rows only the first `initial_vocab` are ever used.
+    The released files keep them as separate parameters, in any order. Of the vocabulary's rows
+    only the first `initial_vocab` are used.
     """
-    waiting: dict[str, torch.Tensor] = {}
+    unpaired: dict[str, torch.Tensor] = {}
     for name, rows in weights:
-        whole = name
-        for part in _ADDITIONAL:
-            whole = whole.replace(part, "")
-        if not whole.startswith(("vlm.lang_model.lm_head.", "vlm.lang_model.model.embed_tokens.")):
+        merged_name = name
+        for prefix in _ADDITIONAL_PREFIXES:
+            merged_name = merged_name.replace(prefix, "")
+        if not merged_name.startswith(
+            ("vlm.lang_model.lm_head.", "vlm.lang_model.model.embed_tokens.")
+        ):
             yield name, rows
-        elif whole not in waiting:
-            waiting[whole] = rows
+        elif merged_name not in unpaired:
+            unpaired[merged_name] = rows
         else:
-            other = waiting.pop(whole)
-            known, additional = (other, rows) if name != whole else (rows, other)
-            yield whole, torch.cat([known[:initial_vocab], additional])
+            first = unpaired.pop(merged_name)
+            vocab, additional = (first, rows) if name != merged_name else (rows, first)
+            yield merged_name, torch.cat([vocab[:initial_vocab], additional])

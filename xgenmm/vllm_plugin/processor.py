@@ -1,7 +1,7 @@
-"""Images of a request -> tiles for the model, and their positions in the prompt.
+"""Images of a request -> tiles for the model, and placeholder ids -> as many ids as vision tokens.
 
-Tiling, ids and counts are the package's own; this module only says them in vLLM's terms. Knows
-nothing of text: a prompt arrives as ids, in which a run stands for each image.
+Adapts the package's tiling to vLLM's interface. Text has been dealt with before: a prompt arrives
+as ids, with the same run of placeholder ids for each image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ from xgenmm.preprocessing.prompts import IMAGE, IMAGE_PLACEHOLDER
 from xgenmm.preprocessing.tiling import tile_image
 
 
-class ImageInfo(BaseProcessingInfo):
-    """What vLLM asks about the images of a model."""
+class XGenMMProcessingInfo(BaseProcessingInfo):
+    """Limits and sizes of image input."""
 
     @cached_property
     def config(self) -> XGenMMConfig:
@@ -42,72 +42,73 @@ class ImageInfo(BaseProcessingInfo):
         return read_config(Path(self.ctx.model_config.model))
 
     @cached_property
-    def run(self) -> list[int]:
+    def placeholder_ids(self) -> list[int]:
         """The ids that stand for one image in a prompt."""
-        ids, run = self.config.additional_ids, [IMAGE]
+        tokens = [IMAGE]
         if self.config.text.prompt == "few_shot":
-            run += [IMAGE_PLACEHOLDER] * (self.config.resampler.num_latents - 1)
-        return [ids[token] for token in run]
+            tokens += [IMAGE_PLACEHOLDER] * (self.config.resampler.num_latents - 1)
+        return [self.config.additional_ids[token] for token in tokens]
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of images."""
+        """Allow any number of images."""
         return {"image": None}
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Vision tokens of the image with the most tiles."""
+        """Return the number of vision tokens of an image with the most tiles."""
         tile, grids = self.config.vision.image_size, self.config.tiling.grids
-        most = max(((w // tile) * (h // tile) for w, h in grids), default=0)
-        return {"image": self.config.resampler.num_latents * (1 + most)}
+        max_tiles = 1 + max(((w // tile) * (h // tile) for w, h in grids), default=0)
+        return {"image": self.config.resampler.num_latents * max_tiles}
 
 
-class DummyImages(BaseDummyInputsBuilder[ImageInfo]):
-    """The images with which vLLM measures memory: those with the most tiles."""
+class XGenMMDummyInputsBuilder(BaseDummyInputsBuilder[XGenMMProcessingInfo]):
+    """Images with the most tiles, with which vLLM measures its peak memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """No text: `ImageProcessor.get_dummy_inputs` gives ids."""
+        """Return no text: `XGenMMMultiModalProcessor.get_dummy_inputs` returns ids."""
         return ""
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
     ) -> MultiModalDataDict:
-        """White images of the largest canvas."""
+        """Return white images that fill the largest canvas."""
         tile, grids = self.info.config.vision.image_size, self.info.config.tiling.grids
         size = max(grids, key=lambda canvas: canvas[0] * canvas[1], default=(tile, tile))
         return {"image": [Image.new("RGB", size, "white")] * mm_counts.get("image", 0)}
 
 
-class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):
-    """Cuts images into tiles, and widens the run of each to its vision tokens."""
+class XGenMMMultiModalProcessor(BaseMultiModalProcessor[XGenMMProcessingInfo]):
+    """Cuts images into tiles and replaces each placeholder by the ids of its vision tokens."""
 
     requires_tokenizer = False
 
     def get_dummy_inputs(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
     ) -> ProcessorInputs:
-        """A prompt of images and nothing else."""
+        """Return a prompt of nothing but images."""
         data = self.dummy_inputs.get_dummy_mm_data(seq_len, mm_counts, mm_options)
         items = self.info.parse_mm_data(data, validate=False)
-        return ProcessorInputs(self.info.run * mm_counts.get("image", 0), items)
+        return ProcessorInputs(self.info.placeholder_ids * mm_counts.get("image", 0), items)
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        """Tiles of all images.
+        """Return the tiles of all images.
 
-        pixels: uint8 [tiles, tile, tile, 3]. layout: int64 [images, 4], the canvas in columns
-        and rows of tiles, and the image's width and height.
+        pixels: uint8 [tiles, tile, tile, 3].
+        layout: int64 [images, 4]: columns and rows of the canvas in tiles, width and height of the
+            image in pixels.
         """
         if "image" not in mm_items:
             return BatchFeature()
         config = self.info.config
         items = mm_items.get_items("image", ImageProcessorItems)
-        tiles = [
-            tile_image(_image(item), config.tiling, config.vision.image_size) for item in items.data
+        images = [
+            tile_image(_load(item), config.tiling, config.vision.image_size) for item in items.data
         ]
-        layout = [(one.columns, one.rows, *one.image_size) for one in tiles]
-        pixels = torch.from_numpy(np.concatenate([one.pixels for one in tiles]))
+        layout = [(image.columns, image.rows, *image.image_size) for image in images]
+        pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
         return BatchFeature({"pixels": pixels, "layout": torch.tensor(layout)})
 
     def _get_mm_fields_config(
@@ -115,7 +116,7 @@ class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):
     ) -> Mapping[str, MultiModalFieldConfig]:
         layout = hf_inputs.get("layout", torch.empty(0, 4, dtype=torch.int64))
         return {
-            "pixels": MultiModalFieldConfig.flat_from_sizes("image", tile_counts(layout)),
+            "pixels": MultiModalFieldConfig.flat_from_sizes("image", count_tiles(layout)),
             "layout": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
 
@@ -125,25 +126,26 @@ class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        image = self.info.config.additional_ids[IMAGE]
-        latents = self.info.config.resampler.num_latents
+        image_id = self.info.config.additional_ids[IMAGE]
+        num_latents = self.info.config.resampler.num_latents
 
-        def vision_tokens(number: int) -> list[int]:
-            layout = out_mm_kwargs["image"][number].get_data()["layout"]
-            return [image] * (latents * int(tile_counts(layout)))
+        def vision_token_ids(index: int) -> list[int]:
+            layout = out_mm_kwargs["image"][index].get_data()["layout"]
+            return [image_id] * (num_latents * int(count_tiles(layout)))
 
-        return [PromptReplacement("image", target=self.info.run, replacement=vision_tokens)]
+        placeholder = self.info.placeholder_ids
+        return [PromptReplacement("image", target=placeholder, replacement=vision_token_ids)]
 
 
-def tile_counts(layout: torch.Tensor) -> torch.Tensor:
-    """int64 [..., 4] -> [...]: the tiles of each image, the whole one included."""
+def count_tiles(layout: torch.Tensor) -> torch.Tensor:
+    """int64 [..., 4] -> [...]: the number of tiles of each image, including the whole image."""
     return 1 + layout[..., 0] * layout[..., 1]
 
 
-def _image(item: object) -> Image.Image:
-    """An image as the rest of the package sees it, from its file where vLLM has kept that."""
+def _load(item: object) -> Image.Image:
+    """Return an image; if vLLM has kept the bytes of its file, the package decodes them."""
     if isinstance(item, MediaWithBytes):
         return read_image(item.original_bytes)
     if isinstance(item, Image.Image):
         return item
-    raise ValueError(f"image: must be an image of PIL, not {type(item).__name__}")
+    raise ValueError(f"image: must be a PIL image, not {type(item).__name__}")
