@@ -53,31 +53,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="templates",
         action="append",
         type=escape_template,
-        help="may be repeated; default: describe the image",
+        metavar="QUESTION",
+        help="asked as it is; may be repeated; default: describe the image",
     )
     add(
         "--template",
         dest="templates",
         action="append",
         metavar="TEMPLATE",
-        help="a question that contains {column}s of the row; may be repeated",
+        help="a question with the row's {columns} filled in; may be repeated",
     )
     add("--image-column", default="image", help="a table's column of paths or URLs; default: image")
     add("--model", default=model, help=f"name or folder of a checkpoint; default: {model}")
     add("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--quantize", choices=QUANTIZATIONS, help="the decoder's weights; default: neither")
+    add(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="type of the decoder's weights; default: not quantized",
+    )
     add("--format", choices=FORMATS, help="default: the suffix of OUTPUT, or parquet")
     add("--shard-rows", type=int, default=SHARD_ROWS, help=f"default: {SHARD_ROWS}")
     add("--ray", metavar="ADDRESS", help="run on a Ray cluster; local: start one on this machine")
     add("--actors", type=int, help="engines with --ray; default: one per GPU, else per CPU core")
     add("--system-prompt", help="default: the one used in training")
-    defaults = SamplingParams()
-    for name in LIMITS:
-        default = getattr(defaults, name)
-        type_ = float if isinstance(default, float) else int
-        add(f"--{name.replace('_', '-')}", type=type_, default=default, help=f"default: {default}")
-    add("--stop", dest="stop_sequences", action="append", default=[], help="may be repeated")
+    _add_sampling_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -92,6 +92,28 @@ def run(options: argparse.Namespace) -> int:
         print("stopped; give the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of `SamplingParams`."""
+    defaults = SamplingParams()
+    for name in LIMITS:
+        default = getattr(defaults, name)
+        type_ = float if isinstance(default, float) else int
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type_,
+            default=default,
+            help="default: random" if default is None else f"default: {default}",
+        )
+    parser.add_argument(
+        "--stop",
+        dest="stop_sequences",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be repeated",
+    )
 
 
 def _caption(options: argparse.Namespace) -> None:
@@ -115,7 +137,7 @@ def _caption(options: argparse.Namespace) -> None:
     settings = _settings(options, task, templates)
     with open_shards(options.output, format_, options.shard_rows, settings) as shards:
         pending = shards.pending(read_records(options.input, templates, options.image_column))
-        rows = _answer(task, pending, options.ray, options.actors)
+        rows = _caption_records(task, pending, options.ray, options.actors)
         written, errors = _write(shards, rows, options.output.name, count, len(templates))
     print(f"{options.output}: {written} new rows, {errors} with an error")
 
@@ -136,7 +158,7 @@ def _settings(
     }
 
 
-def _answer(
+def _caption_records(
     task: CaptionTask, records: Iterator[Record], address: str | None, num_actors: int | None
 ) -> Iterator[list[Row]]:
     first = next(records, None)

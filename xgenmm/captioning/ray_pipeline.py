@@ -199,7 +199,7 @@ def _connect(address: str) -> Any:
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise InputError("ray", 'install it: pip install "cog-xgen-mm[data]"') from error
+        raise InputError("ray", "not installed; run `pip install 'ray[data]'`") from error
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     try:
         if address == "local":

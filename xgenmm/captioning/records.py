@@ -42,5 +42,8 @@ class Row:
 
 
 def escape_surrogates(text: str) -> str:
-    """Replace what UTF-8 cannot encode (lone surrogates, undecodable file names) by `\\udcff`."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by escapes such as `\\udcff`.
+
+    They come from file names that are not valid UTF-8, and from JSON.
+    """
     return text.encode("utf-8", "backslashreplace").decode()

@@ -35,13 +35,13 @@ def read_table(path: Path, column: str) -> Iterator[tuple[Record, Columns]]:
 
 
 def import_pyarrow() -> tuple[ModuleType, ModuleType]:
-    """Return pyarrow and pyarrow.parquet, which are optional: only Parquet needs them."""
+    """Return pyarrow and pyarrow.parquet. Raises InputError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise InputError(
-            "format", 'Parquet needs pyarrow: pip install "cog-xgen-mm[data]", or use jsonl'
+            "format", "Parquet needs pyarrow; run `pip install pyarrow`, or use JSON Lines"
         ) from error
     return pyarrow, pyarrow.parquet
 

@@ -45,7 +45,7 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
     for _, name, format_spec, conversion in fields:
         if name == "" or format_spec or conversion:
             raise InputError(
-                "template", f"{template!r} has braces around something else than a column; {advice}"
+                "template", f"{template!r} has braces that do not name a column; {advice}"
             )
     return [(text, name) for text, name, _, _ in fields]
 

@@ -1,7 +1,7 @@
-"""Images of a request -> tiles for the model, and placeholder ids -> as many ids as vision tokens.
+"""Image input for vLLM: cut images into tiles and expand their placeholders in the prompt.
 
-Adapts the package's tiling to vLLM's interface. Text has been dealt with before: a prompt arrives
-as ids, with the same run of placeholder ids for each image.
+Adapts the package's tiling to vLLM's interface. A prompt arrives as ids, in which every image is
+represented by the same run of placeholder ids.
 """
 
 from collections.abc import Mapping, Sequence
