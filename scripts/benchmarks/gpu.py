@@ -43,7 +43,6 @@ from xgenmm.config import DecoderConfig, ResamplerConfig, TilingConfig, VisionCo
 from xgenmm.evaluation.parity import all_logits
 from xgenmm.kernels.cuda_graphs import Decode, build_decode_step
 from xgenmm.models.kv_cache import KVCache
-from xgenmm.models.linear import use_onednn
 from xgenmm.models.phi3 import Phi3Decoder
 from xgenmm.models.phi3_huggingface import to_transformers
 from xgenmm.models.quantization import QUANTIZATIONS, check_quantization, drift
@@ -558,8 +557,6 @@ def cpu(*, tiny: bool = False) -> list[Row]:
     rounds = 2 if tiny else 6
     model = random_model(size.config, torch.device("cpu"), torch.float32)
     theirs = to_transformers(model.decoder, torch.float32)
-    # Their weights stay as they are: ours are laid out anew.
-    use_onednn(model)
     torch.manual_seed(4)
     embeds = torch.randn(1, size.context, size.config.decoder.hidden_size) * 0.02
     best = [float("inf")] * 4

@@ -34,7 +34,6 @@ from xgenmm.engine.scheduler import EngineRequest, StopReason, Usage
 from xgenmm.engine.structured_output import Grammar, GrammarCompiler
 from xgenmm.errors import InputError
 from xgenmm.kernels.cuda_graphs import MAX_ROWS, compile_kernels
-from xgenmm.models.linear import use_onednn
 from xgenmm.models.quantization import check_quantization
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
@@ -399,8 +398,6 @@ def load(
         load_parameters(model, folder, device=where, dtype=kind, quantize=quantize)
         if compiled is not None:
             compiled.result()
-    if where.type == "cpu" and kind == torch.float32:
-        use_onednn(model)
     engine = Engine(model, tokens, max_num_seqs, cache_bytes, prefill_batches_per_step)
     seconds = time.monotonic() - started
     logger.info(

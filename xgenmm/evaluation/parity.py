@@ -31,7 +31,6 @@ from xgenmm.config import (
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.image_features import normalize, padding_mask
-from xgenmm.models.linear import use_onednn
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
@@ -183,11 +182,10 @@ def golden_prompt(golden: Mapping[str, Any], ids: Sequence[int]) -> Prompt:
 
 
 def golden_model(folder: Path, golden: Mapping[str, Any]) -> XGenMM:
-    """The golden model with its weights, float32 on the CPU, as `load` makes it ready."""
+    """The golden model with its weights, float32 on the CPU."""
     with torch.device("meta"):
         model = XGenMM(golden_config(golden))
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    use_onednn(model)
     return model.eval().requires_grad_(False)
 
 
