@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from xgenmm.garbage import uncollected
 
 if TYPE_CHECKING:
-    from xgenmm.engine.engine import Answer, Engine, Request, load
+    from xgenmm.engine.answer import Answer
+    from xgenmm.engine.engine import Engine
+    from xgenmm.engine.load import load
+    from xgenmm.engine.request import Request, Usage
     from xgenmm.engine.sampling_params import SamplingParams
-    from xgenmm.engine.scheduler import Usage
     from xgenmm.errors import CheckpointError, EngineError, InputError
     from xgenmm.preprocessing.images import read_image
     from xgenmm.preprocessing.prompts import Message
@@ -36,12 +38,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answer": "engine.answer",
     "CheckpointError": "errors",
+    "Engine": "engine.engine",
     "EngineError": "errors",
     "InputError": "errors",
     "Message": "preprocessing.prompts",
+    "Request": "engine.request",
     "SamplingParams": "engine.sampling_params",
-    "Usage": "engine.scheduler",
+    "Usage": "engine.request",
+    "load": "engine.load",
     "read_image": "preprocessing.images",
 }
 
@@ -51,4 +57,4 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with uncollected():  # what is imported stays: to look through it would be a fifth of the time
-        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'engine.engine')}"), name)
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

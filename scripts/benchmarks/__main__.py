@@ -52,8 +52,10 @@ from scripts.demo_model import world
 from scripts.demo_model.training import EVALUATION_SEED
 from scripts.local_server import ROOT, LocalServer, predict, serving
 from xgenmm.config import DecoderConfig, ResamplerConfig, VisionConfig, XGenMMConfig
-from xgenmm.engine.engine import Answer, Engine, Request
+from xgenmm.engine.answer import Answer
+from xgenmm.engine.engine import Engine
 from xgenmm.engine.reference import answer_text, prompt_embeddings
+from xgenmm.engine.request import Request
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.errors import EngineError, InputError
 from xgenmm.evaluation.engine_parity import check_engine
@@ -361,10 +363,8 @@ def run_soak(engine: Engine, requests: int, seed: int) -> Soaked:
                     unexpected.append(f"{visit.name}: {outcome}")
             memory.append(process.memory_info().rss)
     engine.close()
-    leaked = sum(
-        scheduler.busy + len(set(range(scheduler.slots)) - set(scheduler._free))
-        for scheduler in engine._pool.schedulers
-    )
+    status = engine.status()
+    leaked = status.running + status.waiting + engine.max_num_seqs - status.free_slots
     settled = memory[len(memory) // 10 :]
     return Soaked(outcomes, unexpected, leaked, max(settled) / settled[0])
 

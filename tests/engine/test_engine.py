@@ -1,4 +1,4 @@
-"""Requests to streamed text: prompts, limits, stopping, cancelling, on tiny random checkpoints."""
+"""From request to text: prompts, limits, stopping and cancelling, on tiny random checkpoints."""
 
 import io
 from collections.abc import Iterator
@@ -30,12 +30,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("base")
     tiny.checkpoint(folder, base=True)
-    # The fast convention reads tokenizer.json; the tiny tokenizer has none, and needs none here.
-    return engine_with_slow_tokens(folder)
+    # The fast convention needs a tokenizer.json, which the tiny checkpoint does not have.
+    return engine_with_slow_tokenizer(folder)
 
 
-def engine_with_slow_tokens(folder: Path) -> Engine:
-    """A base model whose tokenizer is read in the slow convention."""
+def engine_with_slow_tokenizer(folder: Path) -> Engine:
+    """A base model with a tokenizer of the slow convention."""
     config = read_config(folder)
     model = XGenMM(config)
     load_parameters(model, folder, device="cpu", dtype=torch.float32)
@@ -54,7 +54,7 @@ def text(engine: Engine, request: Request) -> str:
     return "".join(engine.stream(request))
 
 
-def test_answer_streams_and_says_what_it_cost(engine: Engine) -> None:
+def test_answer_streams_and_reports_its_usage(engine: Engine) -> None:
     answer = engine.stream(Request("What is it?", [image()], sampling=params()))
     pieces = list(answer)
     usage = answer.usage
@@ -75,7 +75,7 @@ def test_same_request_same_text_and_images_matter(engine: Engine) -> None:
     assert text(engine, other) != one
 
 
-def test_several_images_turns_and_none(engine: Engine) -> None:
+def test_several_images_earlier_turns_and_no_image(engine: Engine) -> None:
     images = [image(40, 30), image(20, 60, "blue")]
     turns = (Message("user", "<image> What is it?"), Message("assistant", "A cat."))
     placed = Request("And <image>?", images, messages=turns, sampling=params())
@@ -97,7 +97,7 @@ def encoded(shown: Image.Image, format_: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def test_a_file_seen_lately_is_not_read_again(engine: Engine) -> None:
+def test_tiles_of_a_recent_file_are_cached(engine: Engine) -> None:
     red, blue = encoded(image()), encoded(image(color="blue"))
     tiles = engine.preprocess_image(red)
     assert engine.preprocess_image(bytes(bytearray(red))) is tiles
@@ -108,13 +108,13 @@ def test_a_file_seen_lately_is_not_read_again(engine: Engine) -> None:
     assert text(engine, replace(request, images=[tiles])) == text(engine, request)
 
 
-def test_an_engine_that_keeps_nothing_keeps_no_file(tmp_path: Path) -> None:
-    forgetful = xgenmm.load(tiny.checkpoint(tmp_path), cache_bytes=0)
+def test_tiles_are_not_cached_without_cache_memory(tmp_path: Path) -> None:
+    uncached = xgenmm.load(tiny.checkpoint(tmp_path), cache_bytes=0)
     red = encoded(image())
-    assert forgetful.preprocess_image(red) is not forgetful.preprocess_image(red)
+    assert uncached.preprocess_image(red) is not uncached.preprocess_image(red)
 
 
-def test_a_file_that_is_no_image_is_refused_by_its_name(engine: Engine) -> None:
+def test_error_for_an_invalid_image_names_the_input(engine: Engine) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match=r"^images\[3\]: "):
             engine.preprocess_image(b"no image", "images[3]")
@@ -134,12 +134,12 @@ def test_empty_question_asks_for_a_caption(engine: Engine) -> None:
         (Request("long " * 300), r"^question: .* tokens .* more than the 255"),
     ],
 )
-def test_what_cannot_be_answered(engine: Engine, request_: Request, message: str) -> None:
+def test_invalid_request_is_rejected(engine: Engine, request_: Request, message: str) -> None:
     with pytest.raises(InputError, match=message):
         engine.stream(request_)
 
 
-def test_too_long_says_by_how_much(engine: Engine) -> None:
+def test_error_for_a_long_prompt_states_the_excess(engine: Engine) -> None:
     images = [image(60, 60)] * 15  # 5 tiles of 4 vision tokens each
     request = Request("What is it?", images)
     total = len(engine.prompt(request).ids) - 15 + 15 * 20
@@ -149,7 +149,7 @@ def test_too_long_says_by_how_much(engine: Engine) -> None:
         engine.stream(request)
 
 
-def test_answer_ends_where_the_context_does_and_past_the_window(engine: Engine) -> None:
+def test_answer_ends_at_the_end_of_the_context(engine: Engine) -> None:
     request = Request("word " * 60, [image()], sampling=params(2000))
     answer = engine.stream(request)
     "".join(answer)
@@ -178,10 +178,10 @@ def test_cancel_ends_before_the_next_token(engine: Engine) -> None:
     assert list(pieces) == []
     assert answer.usage.output_tokens <= made + 1
     assert answer.usage.stop_reason == "cancelled"
-    assert text(engine, Request("What is it?", [image()], sampling=params()))  # it goes on
+    assert text(engine, Request("What is it?", [image()], sampling=params()))
 
 
-def test_cancel_ends_a_search_of_beams(engine: Engine) -> None:
+def test_cancel_ends_a_beam_search(engine: Engine) -> None:
     settings = params(200, num_beams=3)
     answer = engine.stream(Request("What is it?", [image()], sampling=settings))
     answer.cancel()
@@ -189,7 +189,7 @@ def test_cancel_ends_a_search_of_beams(engine: Engine) -> None:
     assert (answer.usage.output_tokens, answer.usage.stop_reason) == (0, "cancelled")
 
 
-def test_an_abandoned_answer_does_not_block_the_next(engine: Engine) -> None:
+def test_abandoned_answer_does_not_block_the_next(engine: Engine) -> None:
     request = Request("What is it?", [image()], sampling=params(200))
     expected = text(engine, request)
     abandoned = iter(engine.stream(request))
@@ -200,7 +200,7 @@ def test_an_abandoned_answer_does_not_block_the_next(engine: Engine) -> None:
 
 @contextmanager
 def always_saying(engine: Engine, token: str) -> Iterator[None]:
-    """Make `token` the likeliest one at every step."""
+    """Make `token` the most likely one at every step."""
     bias, number = engine.model.decoder.lm_head.bias, engine.tokenizer.id(token)
     before = float(bias[number])
     bias[number] = 1e4
@@ -210,7 +210,7 @@ def always_saying(engine: Engine, token: str) -> Iterator[None]:
         bias[number] = before
 
 
-def test_special_tokens_are_no_text(engine: Engine) -> None:
+def test_special_tokens_are_not_part_of_the_text(engine: Engine) -> None:
     with always_saying(engine, "<|user|>"):
         answer = engine.stream(Request("What is it?", [image()], sampling=params(3)))
         assert "".join(answer) == ""
@@ -240,7 +240,7 @@ def test_beams_and_penalty_answer(engine: Engine) -> None:
         assert answer.usage.output_tokens <= 8
 
 
-def test_base_model_takes_examples(base: Engine) -> None:
+def test_base_model_accepts_examples(base: Engine) -> None:
     shots = (Message("user", "What is it?"), Message("assistant", "A cat."))
     request = Request("What is it?", [image(), image()], messages=shots, sampling=params())
     answer = base.stream(request)
@@ -250,14 +250,14 @@ def test_base_model_takes_examples(base: Engine) -> None:
     assert [length for _, length in prompt.spans] == [4, 4]
 
 
-def test_v1_reads_the_question_in_its_sampler(tmp_path: Path) -> None:
+def test_v1_model_answers(tmp_path: Path) -> None:
     engine = xgenmm.load(tiny.checkpoint(tmp_path, "v1"))
     assert engine.config.vision.tower == "open_clip"
     assert engine.config.resampler.text_tokens == 256
     assert text(engine, Request("What is it?", [image()], sampling=params()))
 
 
-def test_loading_is_cast_and_checked(tmp_path: Path) -> None:
+def test_load_checks_and_applies_device_and_dtype(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "tiny")
     engine = xgenmm.load(folder, device="cpu", dtype="bfloat16")
     assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}

@@ -1,12 +1,14 @@
-"""What is kept between requests: budgets, order of forgetting, and keys that cover everything."""
+"""Caches between requests: limits, eviction order, and hashes that cover everything."""
 
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from xgenmm.config import DecoderConfig
-from xgenmm.engine.prefix_cache import BLOCK, LRUCache, PrefixCache, PromptHashes, image_key
+from xgenmm.config import DecoderConfig, ResamplerConfig
+from xgenmm.engine.lru_cache import LRUCache
+from xgenmm.engine.prefix_cache import PrefixCache
+from xgenmm.engine.prompt_hashes import BLOCK_SIZE, PromptHashes, image_hash
 from xgenmm.models.kv_cache import KVCache
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
@@ -32,53 +34,58 @@ def tiles(value: int = 0) -> TiledImage:
     return TiledImage(np.full((3, 4, 4, 3), value, dtype=np.uint8), 2, 1, (8, 4))
 
 
-def keys_of(prompt: Prompt, *images: TiledImage, instructed: bool = False) -> PromptHashes:
-    return PromptHashes.of(prompt, images, 2 * BLOCK // 3, instructed=instructed)
+def hashes_of(prompt: Prompt, *images: TiledImage, instruction_aware: bool = False) -> PromptHashes:
+    resampler = ResamplerConfig(
+        num_latents=2 * BLOCK_SIZE // 3, text_tokens=256 if instruction_aware else 0
+    )
+    return PromptHashes.from_prompt(prompt, images, resampler)
 
 
-def test_store_forgets_what_was_used_longest_ago() -> None:
+def test_least_recently_used_item_is_evicted() -> None:
     store = LRUCache[torch.Tensor](10 * 1024)
     for name in (b"a", b"b", b"c"):
         store.put(name, tensor(3))
-    assert store.get(b"a") is not None  # now b is the oldest
+    assert store.get(b"a") is not None  # now b is the least recently used
     store.put(b"d", tensor(3))
     assert [name for name in (b"a", b"b", b"c", b"d") if name in store] == [b"a", b"c", b"d"]
-    assert store.used == 9 * 1024
+    assert store.used_bytes == 9 * 1024
     store.put(b"huge", tensor(11))
     assert b"huge" not in store
     store.clear()
-    assert (len(store), store.used, store.get(b"a")) == (0, 0, None)
+    assert (len(store), store.used_bytes, store.get(b"a")) == (0, 0, None)
 
 
-def test_prefix_is_restored_exactly_as_far_as_it_is_the_same() -> None:
-    cache, prefixes = filled(2, 5 * BLOCK), PrefixCache(1 << 20)
-    ids = tuple(range(4 * BLOCK + 5))
-    keys = keys_of(Prompt(ids, ())).blocks
-    assert len(keys) == 4
-    prefixes.save(keys, cache, 0)
+def test_prefix_is_restored_up_to_the_first_difference() -> None:
+    cache, prefixes = filled(2, 5 * BLOCK_SIZE), PrefixCache(1 << 20)
+    ids = tuple(range(4 * BLOCK_SIZE + 5))
+    hashes = hashes_of(Prompt(ids, ())).blocks
+    assert len(hashes) == 4
+    prefixes.save(hashes, cache, 0)
     before = cache.keys.clone()
-    assert prefixes.restore(keys, cache, 1) == 4 * BLOCK
-    assert torch.equal(cache.keys[:, 1, :, : 4 * BLOCK], before[:, 0, :, : 4 * BLOCK])
-    assert torch.equal(cache.values[:, 1, :, : 4 * BLOCK], cache.values[:, 0, :, : 4 * BLOCK])
-    assert torch.equal(cache.keys[:, 1, :, 4 * BLOCK :], before[:, 1, :, 4 * BLOCK :])
+    assert prefixes.restore(hashes, cache, 1) == 4 * BLOCK_SIZE
+    assert torch.equal(cache.keys[:, 1, :, : 4 * BLOCK_SIZE], before[:, 0, :, : 4 * BLOCK_SIZE])
+    assert torch.equal(
+        cache.values[:, 1, :, : 4 * BLOCK_SIZE], cache.values[:, 0, :, : 4 * BLOCK_SIZE]
+    )
+    assert torch.equal(cache.keys[:, 1, :, 4 * BLOCK_SIZE :], before[:, 1, :, 4 * BLOCK_SIZE :])
 
-    other = (*ids[: 2 * BLOCK + 3], 7, *ids[2 * BLOCK + 4 :])
-    assert prefixes.restore(keys_of(Prompt(other, ())).blocks, cache, 1) == 2 * BLOCK
-    assert prefixes.restore(keys_of(Prompt((9, *ids[1:]), ())).blocks, cache, 1) == 0
+    other = (*ids[: 2 * BLOCK_SIZE + 3], 7, *ids[2 * BLOCK_SIZE + 4 :])
+    assert prefixes.restore(hashes_of(Prompt(other, ())).blocks, cache, 1) == 2 * BLOCK_SIZE
+    assert prefixes.restore(hashes_of(Prompt((9, *ids[1:]), ())).blocks, cache, 1) == 0
 
 
-def test_the_end_of_a_prompt_is_forgotten_before_its_beginning() -> None:
-    cache = filled(2, 4 * BLOCK)
-    block = 2 * cache.keys[:, 0, :, :BLOCK].nbytes
+def test_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
+    cache = filled(2, 4 * BLOCK_SIZE)
+    block = 2 * cache.keys[:, 0, :, :BLOCK_SIZE].nbytes
     prefixes = PrefixCache(3 * block)
-    keys = keys_of(Prompt(tuple(range(4 * BLOCK)), ())).blocks
-    prefixes.save(keys, cache, 0)
-    assert prefixes.restore(keys, cache, 1) == 3 * BLOCK
+    hashes = hashes_of(Prompt(tuple(range(4 * BLOCK_SIZE)), ())).blocks
+    prefixes.save(hashes, cache, 0)
+    assert prefixes.restore(hashes, cache, 1) == 3 * BLOCK_SIZE
 
 
-def test_image_key_covers_pixels_and_tiling() -> None:
-    known = {
-        image_key(one)
+def test_image_hash_covers_pixels_and_tiling() -> None:
+    hashes = {
+        image_hash(one)
         for one in (
             tiles(),
             tiles(1),
@@ -87,37 +94,37 @@ def test_image_key_covers_pixels_and_tiling() -> None:
             TiledImage(np.zeros((3, 4, 12, 1), dtype=np.uint8), 2, 1, (8, 4)),
         )
     }
-    assert len(known) == 5
-    assert image_key(tiles()) in known
+    assert len(hashes) == 5
+    assert image_hash(tiles()) in hashes
 
 
-def test_prompt_keys_cover_images_in_their_places() -> None:
-    ids = tuple(range(100, 100 + BLOCK))
+def test_block_hashes_cover_images_and_their_positions() -> None:
+    ids = tuple(range(100, 100 + BLOCK_SIZE))
     prompt = Prompt((*ids[:3], 5, *ids[3:]), ((3, 1),))
-    keys = keys_of(prompt, tiles())
-    count = 3 * (2 * BLOCK // 3)
-    assert keys.ends == (3 + count,)
-    assert len(keys.words) == BLOCK + count
-    assert keys.blocks == keys_of(prompt, tiles()).blocks
-    assert keys.blocks[0] != keys_of(prompt, tiles(1)).blocks[0]
-    # A text of the same length whose ids are the numbers of vision tokens is not an image.
+    hashes = hashes_of(prompt, tiles())
+    count = 3 * (2 * BLOCK_SIZE // 3)
+    assert hashes.image_ends == (3 + count,)
+    assert len(hashes.positions) == BLOCK_SIZE + count
+    assert hashes.blocks == hashes_of(prompt, tiles()).blocks
+    assert hashes.blocks[0] != hashes_of(prompt, tiles(1)).blocks[0]
+    # Text whose ids equal the indices of the vision tokens does not collide with the image.
     text = Prompt((*ids[:3], *range(count), *ids[3:]), ())
-    assert keys_of(text).blocks[0] != keys.blocks[0]
+    assert hashes_of(text).blocks[0] != hashes.blocks[0]
     moved = Prompt((*ids[:4], 5, *ids[4:]), ((4, 1),))
-    assert keys_of(moved, tiles()).blocks[0] != keys.blocks[0]
+    assert hashes_of(moved, tiles()).blocks[0] != hashes.blocks[0]
 
 
-def test_what_depends_on_the_question_is_known_by_the_whole_prompt() -> None:
-    ids = tuple(range(2 * BLOCK))
+def test_instruction_aware_vision_tokens_depend_on_the_whole_prompt() -> None:
+    ids = tuple(range(2 * BLOCK_SIZE))
     one, other = (Prompt((5, *ids, last), ((0, 1),)) for last in (1, 2))
-    assert keys_of(one, tiles()).blocks[:2] == keys_of(other, tiles()).blocks[:2]
-    instructed = [keys_of(prompt, tiles(), instructed=True) for prompt in (one, other)]
-    assert instructed[0].blocks[0] != instructed[1].blocks[0]
-    assert instructed[0].images == instructed[1].images
+    assert hashes_of(one, tiles()).blocks[:2] == hashes_of(other, tiles()).blocks[:2]
+    aware = [hashes_of(prompt, tiles(), instruction_aware=True) for prompt in (one, other)]
+    assert aware[0].blocks[0] != aware[1].blocks[0]
+    assert aware[0].images == aware[1].images
 
 
-def test_generated_tokens_continue_the_keys() -> None:
-    ids = tuple(range(2 * BLOCK))
-    whole = keys_of(Prompt(ids, ()))
-    begun = keys_of(Prompt(ids[: BLOCK + 3], ()))
-    assert tuple(begun.continued(ids[BLOCK + 3 :])) == whole.blocks
+def test_output_tokens_extend_the_block_hashes() -> None:
+    ids = tuple(range(2 * BLOCK_SIZE))
+    whole = hashes_of(Prompt(ids, ()))
+    begun = hashes_of(Prompt(ids[: BLOCK_SIZE + 3], ()))
+    assert tuple(begun.blocks_with_output(ids[BLOCK_SIZE + 3 :])) == whole.blocks

@@ -1,4 +1,4 @@
-"""Structured answers: whatever a model makes of the mask is JSON that its schema admits."""
+"""Structured output: whatever a model samples from the mask is JSON that conforms to the schema."""
 
 import json
 from typing import Any
@@ -14,13 +14,13 @@ from xgenmm.errors import InputError
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
 CONFIG = read_config(DEMO)
-TOKENS = Tokenizer.from_folder(DEMO, CONFIG.text.convention, CONFIG.additional_ids)
+TOKENIZER = Tokenizer.from_folder(DEMO, CONFIG.text.convention, CONFIG.additional_ids)
 VOCAB = CONFIG.decoder.initial_vocab + CONFIG.decoder.additional_tokens
-ENDS = {TOKENS.id(token) for token in CONFIG.text.stop_tokens}
+END_IDS = {TOKENIZER.id(token) for token in CONFIG.text.stop_tokens}
 
 
 def closed(**properties: Any) -> dict[str, Any]:
-    """An object with just these members."""
+    """An object with exactly these members."""
     return {
         "type": "object",
         "properties": properties,
@@ -87,149 +87,152 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def grammars() -> GrammarCompiler:
-    """For the demo's tokenizer."""
-    return GrammarCompiler(TOKENS, ENDS, VOCAB)
+def compiler() -> GrammarCompiler:
+    """For the demo checkpoint's tokenizer."""
+    return GrammarCompiler(TOKENIZER, END_IDS, VOCAB)
 
 
-def walk(constraint: Grammar, limit: int, seed: int) -> list[int]:
-    """At most `limit` tokens that a model with random opinions chooses, without the end."""
+def walk(grammar: Grammar, limit: int, seed: int) -> list[int]:
+    """At most `limit` tokens sampled with random logits, without the end token."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
-    while len(ids) < limit and not constraint.finished:
+    while len(ids) < limit and not grammar.finished:
         scores = 3 * torch.randn(VOCAB, generator=generator)
-        token = int(scores.masked_fill(~constraint.mask(limit - len(ids)), -torch.inf).argmax())
-        if token in ENDS:
+        token = int(scores.masked_fill(~grammar.mask(limit - len(ids)), -torch.inf).argmax())
+        if token in END_IDS:
             break
-        constraint.advance(token)
+        grammar.advance(token)
         ids.append(token)
     return ids
 
 
-def spelled(constraint: Grammar, text: str) -> bool:
-    """Whether the constraint admits this text whole, made of the tokens of its characters."""
+def accepts(compiler: GrammarCompiler, schema: dict[str, Any], text: str) -> bool:
+    """Whether a schema's grammar accepts a whole text, one token per character."""
+    grammar = compiler.compile(schema)
     for character in text:
-        token = next(i for i in range(VOCAB) if constraint._grammars.texts[i] == character.encode())
-        if not constraint.mask()[token]:
+        token = next(i for i in range(VOCAB) if compiler.texts[i] == character.encode())
+        if not grammar.mask()[token]:
             return False
-        constraint.advance(token)
-    return bool(constraint.mask()[list(ENDS)].all())
+        grammar.advance(token)
+    return bool(grammar.mask()[list(END_IDS)].all())
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_whatever_comes_is_json_that_validates(grammars: GrammarCompiler, name: str) -> None:
+def test_output_conforms_to_the_schema(compiler: GrammarCompiler, name: str) -> None:
     for seed in range(4):
-        ids = walk(grammars.compile(SCHEMAS[name]), limit=150, seed=seed)
-        jsonschema.validate(json.loads(TOKENS.decode(ids)), SCHEMAS[name])
+        ids = walk(compiler.compile(SCHEMAS[name]), limit=150, seed=seed)
+        jsonschema.validate(json.loads(TOKENIZER.decode(ids)), SCHEMAS[name])
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_short_limit_still_gives_whole_json(grammars: GrammarCompiler, name: str) -> None:
-    way = grammars.compile(SCHEMAS[name]).way_out(200)
+def test_short_limit_still_gives_complete_json(compiler: GrammarCompiler, name: str) -> None:
+    way = compiler.compile(SCHEMAS[name]).completion(200)
     for limit in (len(way), len(way) + 1, len(way) + 20):
-        constraint = grammars.compile(SCHEMAS[name])
-        ids = walk(constraint, limit, seed=limit)
-        jsonschema.validate(json.loads(TOKENS.decode(ids)), SCHEMAS[name])
+        grammar = compiler.compile(SCHEMAS[name])
+        ids = walk(grammar, limit, seed=limit)
+        jsonschema.validate(json.loads(TOKENIZER.decode(ids)), SCHEMAS[name])
     assert len(way) > 1
 
 
-def test_only_the_limit_shapes_an_answer(grammars: GrammarCompiler) -> None:
-    free, bound = grammars.compile({"type": "string"}), grammars.compile({"type": "string"})
-    assert torch.equal(free.mask(), bound.mask(left=500))
-    assert not bound.cut
-    assert bound.mask(left=3).sum() == 1
-    assert bound.cut
+def test_mask_is_restricted_only_near_the_limit(compiler: GrammarCompiler) -> None:
+    free, bound = compiler.compile({"type": "string"}), compiler.compile({"type": "string"})
+    assert torch.equal(free.mask(), bound.mask(remaining=500))
+    assert not bound.limited
+    assert bound.mask(remaining=3).sum() == 1
+    assert bound.limited
 
 
-def test_a_limit_below_any_answer_is_no_error(grammars: GrammarCompiler) -> None:
-    constraint = grammars.compile(BOX)
-    assert len(walk(constraint, limit=4, seed=0)) == 4
-    assert not constraint.cut
+def test_limit_below_any_answer_is_not_an_error(compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(BOX)
+    assert len(walk(grammar, limit=4, seed=0)) == 4
+    assert not grammar.limited
 
 
 @pytest.mark.parametrize("text", ['{"a":1}', ' {"a": 1}', '{"a":-7}'])
-def test_space_where_it_is_allowed(grammars: GrammarCompiler, text: str) -> None:
-    assert spelled(grammars.compile(closed(a={"type": "integer"})), text)
+def test_space_is_allowed_after_comma_and_colon(compiler: GrammarCompiler, text: str) -> None:
+    assert accepts(compiler, closed(a={"type": "integer"}), text)
 
 
 @pytest.mark.parametrize(
     "text", ['  {"a":1}', '{ "a":1}', '{"a" :1}', '{"a":  1}', '{"a":1 }', '{"a":1} ', "{'a':1}"]
 )
-def test_space_where_it_is_not(grammars: GrammarCompiler, text: str) -> None:
-    assert not spelled(grammars.compile(closed(a={"type": "integer"})), text)
+def test_other_space_is_rejected(compiler: GrammarCompiler, text: str) -> None:
+    assert not accepts(compiler, closed(a={"type": "integer"}), text)
 
 
-def test_a_member_has_one_spelling(grammars: GrammarCompiler) -> None:
+def test_property_has_one_spelling(compiler: GrammarCompiler) -> None:
     schema = SCHEMAS["named and other"]
-    assert spelled(grammars.compile(schema), '{"a":1,"b":"x"}')
-    assert not spelled(grammars.compile(schema), '{"\\u0061":"x"}')
+    assert accepts(compiler, schema, '{"a":1,"b":"x"}')
+    assert not accepts(compiler, schema, '{"\\u0061":"x"}')
 
 
-def test_the_prefix_of_the_first_token_is_no_part_of_the_answer(grammars: GrammarCompiler) -> None:
-    constraint = grammars.compile({"type": "integer"})
+def test_leading_space_of_the_first_token_is_not_part_of_the_answer(
+    compiler: GrammarCompiler,
+) -> None:
+    grammar = compiler.compile({"type": "integer"})
     prefix = next(
-        i for i in range(VOCAB) if TOKENS.decode([i, i]) == " " and not TOKENS.decode([i])
+        i for i in range(VOCAB) if TOKENIZER.decode([i, i]) == " " and not TOKENIZER.decode([i])
     )
-    assert constraint.mask()[prefix]
-    constraint.advance(prefix)
-    assert not constraint.mask()[prefix]
-    assert TOKENS.decode([prefix, *walk(constraint, 20, seed=1)]).strip("-").isdecimal()
+    assert grammar.mask()[prefix]
+    grammar.advance(prefix)
+    assert not grammar.mask()[prefix]
+    assert TOKENIZER.decode([prefix, *walk(grammar, 20, seed=1)]).strip("-").isdecimal()
 
 
-def test_special_tokens_only_end(grammars: GrammarCompiler) -> None:
-    specials = set(TOKENS.specials.values())
-    constraint = grammars.compile({"type": "string"})
-    for token in walk(grammars.compile({"type": "string"}), limit=60, seed=2):
-        allowed = {int(i) for i in constraint.mask().nonzero()}
+def test_special_tokens_only_end_an_answer(compiler: GrammarCompiler) -> None:
+    specials = set(TOKENIZER.specials.values())
+    grammar = compiler.compile({"type": "string"})
+    for token in walk(compiler.compile({"type": "string"}), limit=60, seed=2):
+        allowed = {int(i) for i in grammar.mask().nonzero()}
         assert allowed
         assert not allowed & specials
-        constraint.advance(token)
-    assert constraint.finished
-    assert {int(i) for i in constraint.mask().nonzero()} == ENDS
+        grammar.advance(token)
+    assert grammar.finished
+    assert {int(i) for i in grammar.mask().nonzero()} == END_IDS
 
 
-def test_a_number_may_end_or_go_on_up_to_its_length(grammars: GrammarCompiler) -> None:
-    constraint = grammars.compile({"type": "integer"})
-    seven = grammars.texts.index(b"7")
+def test_number_may_continue_up_to_its_maximum_length(compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile({"type": "integer"})
+    seven = compiler.texts.index(b"7")
     for _ in range(15):
-        assert constraint.mask()[seven]
-        constraint.advance(seven)
-        assert not constraint.finished
-    assert {int(i) for i in constraint.mask().nonzero()} == ENDS
-    large = grammars.compile({"type": "integer", "minimum": 10**17})
-    assert json.loads(TOKENS.decode(walk(large, 30, seed=3))) >= 10**17
+        assert grammar.mask()[seven]
+        grammar.advance(seven)
+        assert not grammar.finished
+    assert {int(i) for i in grammar.mask().nonzero()} == END_IDS
+    large = compiler.compile({"type": "integer", "minimum": 10**17})
+    assert json.loads(TOKENIZER.decode(walk(large, 30, seed=3))) >= 10**17
 
 
-def test_bytes_make_whole_characters(grammars: GrammarCompiler) -> None:
-    """With nothing but byte tokens to choose from, beyond ASCII where it can be."""
-    texts, generator = grammars.texts, torch.Generator().manual_seed(4)
+def test_byte_tokens_make_whole_characters(compiler: GrammarCompiler) -> None:
+    """Only byte tokens may be sampled, above ASCII where the grammar allows it."""
+    texts, generator = compiler.texts, torch.Generator().manual_seed(4)
     high = torch.tensor([len(text) == 1 and text[0] >= 0x80 for text in texts])
-    constraint, ids = grammars.compile({"type": "string"}), [texts.index(b'"')]
-    constraint.advance(ids[0])
+    grammar, ids = compiler.compile({"type": "string"}), [texts.index(b'"')]
+    grammar.advance(ids[0])
     for _ in range(300):
-        allowed = constraint.mask() & high
+        allowed = grammar.mask() & high
         ids.append(int(torch.rand(VOCAB, generator=generator).masked_fill(~allowed, -1).argmax()))
-        constraint.advance(ids[-1])
-    way = constraint.way_out(10)
-    text = TOKENS.decode([i for i in ids + way if i not in ENDS])
+        grammar.advance(ids[-1])
+    completion = grammar.completion(10)
+    text = TOKENIZER.decode([i for i in ids + completion if i not in END_IDS])
     assert len(json.loads(text)) > 60
     assert "\N{REPLACEMENT CHARACTER}" not in text
 
 
-def test_constraints_share_nothing(grammars: GrammarCompiler) -> None:
-    alone = [walk(grammars.compile(BOX), 90, seed) for seed in (5, 6)]
-    pair = [grammars.compile(BOX) for _ in alone]
+def test_grammars_are_independent(compiler: GrammarCompiler) -> None:
+    alone = [walk(compiler.compile(BOX), 90, seed) for seed in (5, 6)]
+    pair = [compiler.compile(BOX) for _ in alone]
     for tokens in zip(*alone, strict=False):
-        for constraint, token in zip(pair, tokens, strict=True):
-            constraint.way_out(60)
-            assert constraint.mask()[token]
-            constraint.advance(token)
+        for grammar, token in zip(pair, tokens, strict=True):
+            grammar.completion(60)
+            assert grammar.mask()[token]
+            grammar.advance(token)
     assert alone[0] != alone[1]
 
 
-def test_a_token_that_was_not_allowed(grammars: GrammarCompiler) -> None:
+def test_token_outside_the_mask_is_rejected(compiler: GrammarCompiler) -> None:
     with pytest.raises(ValueError, match="is not allowed after"):
-        grammars.compile(BOX).advance(grammars.texts.index(b"}"))
+        compiler.compile(BOX).advance(compiler.texts.index(b"}"))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,7 @@ def test_a_token_that_was_not_allowed(grammars: GrammarCompiler) -> None:
         ({"type": "string", "minLenght": 3}, "keyword 'minLenght'"),
         ({"type": "string", "nullable": True}, "keyword 'nullable'"),
         ({"type": "string", "format": "phone"}, "Unknown format: phone"),
-        ({"type": "integer", "format": "int32"}, "format 'int32' of no string"),
+        ({"type": "integer", "format": "int32"}, "format 'int32' for a type other than string"),
         ({"type": "string", "pattern": "^(?=a)"}, "look-around"),
         ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"type": "number", "multipleOf": 0.01}, "multipleOf 0.01; use a whole number"),
@@ -256,12 +259,12 @@ def test_a_token_that_was_not_allowed(grammars: GrammarCompiler) -> None:
         ({"$ref": "#/$defs/absent"}, "absent"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused_where_it_is(
-    grammars: GrammarCompiler, part: dict[str, Any], message: str
+def test_unenforceable_schema_is_rejected_with_its_path(
+    compiler: GrammarCompiler, part: dict[str, Any], message: str
 ) -> None:
     schema = closed(a={"type": "array", "items": part}, b={"type": "null"})
     with pytest.raises(InputError) as refused:
-        grammars.compile(schema | {"x-guidance": {"lenient": True}})
+        compiler.compile(schema | {"x-guidance": {"lenient": True}})
     start = "json_schema: cannot be enforced at $.properties.a.items: "
     assert str(refused.value).startswith(start)
     assert message in str(refused.value)
@@ -270,8 +273,8 @@ def test_what_cannot_be_enforced_is_refused_where_it_is(
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"properties": {"a": {"type": "strin"}}}, "is no valid schema at $.properties.a.type"),
-        ({"required": "a"}, "is no valid schema at $.required: 'a' is not of type 'array'"),
+        ({"properties": {"a": {"type": "strin"}}}, "is not a valid schema at $.properties.a.type"),
+        ({"required": "a"}, "is not a valid schema at $.required: 'a' is not of type 'array'"),
         ({"maxLength": -1}, "$.maxLength: -1 is less than the minimum of 0"),
         ({"items": [{"type": "null"}]}, "$.items"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3) is greater than maximum"),
@@ -283,8 +286,8 @@ def test_what_cannot_be_enforced_is_refused_where_it_is(
         ([], "must be a JSON schema as an object"),
     ],
 )
-def test_what_is_no_schema_is_refused(grammars: GrammarCompiler, schema: Any, message: str) -> None:
+def test_invalid_schema_is_rejected(compiler: GrammarCompiler, schema: Any, message: str) -> None:
     with pytest.raises(InputError) as refused:
-        grammars.compile(schema)
+        compiler.compile(schema)
     assert str(refused.value).startswith("json_schema: ")
     assert message in str(refused.value)

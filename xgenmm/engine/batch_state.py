@@ -1,7 +1,7 @@
-"""The state of each row of the cache that decodes: newest token, its place, how to draw the next.
+"""The state of each batch slot: newest token, its position, and how to sample the next token.
 
-All of it tensors on the model's device with fixed shapes, so that a decode step can be captured as
-a CUDA graph and needs the host only where a request joins or leaves.
+It consists of tensors of fixed shape on the model's device, so that a decode step can be captured
+as a CUDA graph and needs the host only when a request is added or removed.
 """
 
 import torch
@@ -16,82 +16,93 @@ from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 
 
 class BatchState:
-    """What each row of the cache is about to do, as tensors on the model's device."""
+    """The sampling state of all slots, as tensors [slots] on the model's device.
 
-    def __init__(self, count: int, vocab: int, device: torch.device) -> None:
+    token: int64, the newest token, whose keys and values are not cached yet.
+    position: int64, where they go.
+    """
+
+    def __init__(self, num_slots: int, vocab: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.token = zeros(count)  # the newest, not yet in the cache
-        self.position = zeros(count)  # where it goes
-        self._active = zeros(count)  # 1 in rows whose own token is drawn at each step
-        self._step = zeros(count)
-        self._seen = zeros(count, vocab, dtype=torch.bool)
-        # One more than an answer's tokens: a step may begin before the last one is seen.
-        most = int(LIMITS["max_new_tokens"][1]) + 1
-        self._uniform = zeros(count, most, dtype=torch.float32)
-        self._settings = SamplingMetadata.of([SamplingParams()] * count, device)
+        self.token = zeros(num_slots)
+        self.position = zeros(num_slots)
+        self._active = zeros(num_slots)  # 1 in slots that sample a token at each step
+        self._step = zeros(num_slots)  # tokens sampled so far
+        self._seen = zeros(num_slots, vocab, dtype=torch.bool)
+        # One more than the tokens of an answer: a step may begin before the host sees the last.
+        max_steps = int(LIMITS["max_new_tokens"][1]) + 1
+        self._noise = zeros(num_slots, max_steps, dtype=torch.float32)
+        self._settings = SamplingMetadata.from_params([SamplingParams()] * num_slots, device)
         self._params: dict[int, SamplingParams] = {}
 
-    def join(self, row: int, params: SamplingParams, length: int) -> None:
-        """A row begins, `length` positions in the cache."""
-        self._params[row] = params
-        self.position[row] = length
-        self._step[row] = 0
+    def add_request(self, slot: int, params: SamplingParams, num_computed_tokens: int) -> None:
+        """Prepare a slot for a request of which `num_computed_tokens` are in the cache."""
+        self._params[slot] = params
+        self.position[slot] = num_computed_tokens
         if params.repetition_penalty != 1:
-            self._seen[row] = False
+            self._seen[slot] = False
         if params.temperature > 0:
-            self._uniform[row, : params.max_new_tokens] = uniform_noise(params).to(
-                self.token.device
-            )
-        one, all_rows = SamplingMetadata.of([params], self.token.device), self._settings
+            noise = uniform_noise(params).to(self.token.device)
+            self._noise[slot, : params.max_new_tokens] = noise
+        one, batch = SamplingMetadata.from_params([params], self.token.device), self._settings
         for name in ("temperature", "top_k", "tail", "penalty"):
-            getattr(all_rows, name)[row] = getattr(one, name)[0]
+            getattr(batch, name)[slot] = getattr(one, name)[0]
 
-    def start(self, row: int) -> None:
-        """From now on the row draws a token of its own at each step."""
-        self._active[row] = 1
+    def activate(self, slot: int) -> None:
+        """From now on the slot samples a token at each step."""
+        self._active[slot] = 1
 
-    def leave(self, row: int) -> None:
-        """The row is idle."""
-        self._params.pop(row, None)
-        self._active[row] = self.position[row] = 0
+    def remove(self, slot: int) -> None:
+        """Make the slot idle.
 
-    def draw(self, rows: slice | torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of these rows: int64 [rows]; only active rows' are to be used."""
-        every = self._settings
+        Decode steps still run over idle slots, so their step must index valid noise.
+        """
+        self._params.pop(slot, None)
+        self._active[slot] = self.position[slot] = self._step[slot] = 0
+
+    def sample(self, slots: slice | torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Sample the next token of these slots from logits [slots, vocab]: int64 [slots].
+
+        The tokens of inactive slots are meaningless.
+        """
+        batch = self._settings
         settings = SamplingMetadata(
-            every.temperature[rows],
-            every.top_k[rows],
-            every.tail[rows],
-            every.penalty[rows],
-            sampled=any(params.temperature > 0 for params in self._params.values()),
+            batch.temperature[slots],
+            batch.top_k[slots],
+            batch.tail[slots],
+            batch.penalty[slots],
+            any_sampled=any(params.temperature > 0 for params in self._params.values()),
         )
-        uniform = self._uniform[rows].gather(1, self._step[rows][:, None])[:, 0]
-        tokens = sample_tokens(self.penalised(rows, logits), settings, uniform)
-        if self._penalising:
-            seen, drawn = self._seen[rows], tokens[:, None]
-            own = seen.gather(1, drawn) | self._active[rows, None].bool()
-            self._seen[rows] = seen.scatter(1, drawn, own)
-        self.token[rows] = tokens
-        self._step[rows] += self._active[rows]
+        noise = self._noise[slots].gather(1, self._step[slots][:, None])[:, 0]
+        tokens = sample_tokens(self.penalize(slots, logits), settings, noise)
+        if self._penalizing:
+            seen, sampled = self._seen[slots], tokens[:, None]
+            marked = seen.gather(1, sampled) | self._active[slots, None].bool()
+            self._seen[slots] = seen.scatter(1, sampled, marked)
+        self.token[slots] = tokens
+        self._step[slots] += self._active[slots]
         return tokens
 
-    def advance(self, rows: slice) -> None:
-        """The newest tokens of these rows are in the cache now."""
-        self.position[rows] += self._active[rows]
+    def advance(self, slots: slice) -> None:
+        """Move active slots to the next position, after their newest tokens were computed."""
+        self.position[slots] += self._active[slots]
 
-    def penalised(self, rows: slice | torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Logits or log-probabilities with each row's repetition penalty."""
-        if not self._penalising:
-            return logits
-        return apply_repetition_penalty(logits, self._seen[rows], self._settings.penalty[rows])
+    def penalize(self, slots: slice | torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Apply each slot's repetition penalty to logits or log-probabilities [slots, vocab]."""
+        if not self._penalizing:
+            return scores
+        return apply_repetition_penalty(scores, self._seen[slots], self._settings.penalty[slots])
 
-    def follow(self, rows: torch.Tensor, parents: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Beams: each row takes over the history of its parent's, and a token."""
-        self._seen[rows] = self._seen[parents].scatter(1, tokens[:, None], True)
-        self.token[rows] = tokens
+    def reorder_beams(
+        self, slots: torch.Tensor, parents: torch.Tensor, tokens: torch.Tensor, position: int
+    ) -> None:
+        """Let each slot continue the beam of its parent slot with a token at `position`."""
+        self._seen[slots] = self._seen[parents].scatter(1, tokens[:, None], True)
+        self.token[slots] = tokens
+        self.position[slots] = position
 
     @property
-    def _penalising(self) -> bool:
+    def _penalizing(self) -> bool:
         return any(params.repetition_penalty != 1 for params in self._params.values())

@@ -1,11 +1,11 @@
-"""How one request chooses its tokens, and what may be chosen."""
+"""How one request samples its tokens, and the allowed range of each setting."""
 
 from dataclasses import dataclass
 
 from xgenmm.errors import InputError
 
 MOST_BEAMS = 8
-"""Of one request, each of which takes a slot."""
+"""Maximum beams of one request; each needs a batch slot."""
 
 LIMITS: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, 2048),
@@ -16,22 +16,22 @@ LIMITS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.5, 3.0),
     "seed": (0, 2**63 - 1),
 }
-"""Smallest and greatest value of each setting, both allowed but for a `top_p` of 0."""
+"""Inclusive range of each setting; `top_p` must also be above 0."""
 
 MAX_STOP_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request chooses its tokens. Raises `InputError` for a value out of its range.
+    """How one request samples its tokens. Raises `InputError` for a value out of range.
 
-    temperature: 0 takes the most likely token each time; `top_p` and `top_k` then do nothing.
-    top_p: the smallest set of most likely tokens whose probability reaches this; 1 is off.
-    top_k: this many most likely tokens; 0 is off.
-    num_beams: the width of the beam search; 1 is off; more needs temperature 0.
-    repetition_penalty: above 1 makes tokens already generated less likely; 1 is off.
+    temperature: 0 always takes the most likely token; `top_p` and `top_k` then have no effect.
+    top_p: sample from the smallest set of tokens whose probability reaches this; 1 is off.
+    top_k: sample from this many most likely tokens; 0 is off.
+    num_beams: width of the beam search; 1 is off; more needs temperature 0.
+    repetition_penalty: above 1 makes tokens that were already generated less likely; 1 is off.
     stop_sequences: the answer ends before the first of these texts; none may be empty.
-    seed: same seed, same request, same tokens; None draws afresh.
+    seed: the same request with the same seed gives the same tokens; None is random.
     """
 
     max_new_tokens: int = 768
@@ -45,11 +45,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "num_beams"):
-            _check_number(name, getattr(self, name), whole=True)
+            _check_number(name, getattr(self, name), integer=True)
         for name in ("temperature", "top_p", "repetition_penalty"):
-            _check_number(name, getattr(self, name), whole=False)
+            _check_number(name, getattr(self, name), integer=False)
         if self.seed is not None:
-            _check_number("seed", self.seed, whole=True)
+            _check_number("seed", self.seed, integer=True)
         if self.top_p == 0:
             raise InputError(
                 "top_p", "must be above 0; set temperature to 0 for the most likely token"
@@ -63,12 +63,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_sequences", _checked_stops(self.stop_sequences))
 
 
-def _check_number(name: str, value: object, *, whole: bool) -> None:
+def _check_number(name: str, value: object, *, integer: bool) -> None:
     low, high = LIMITS[name]
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        kind = "whole number" if whole else "number"
-        raise InputError(name, f"must be a {kind} from {low} to {high}, not {value!r}")
+    types = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+        expected = "whole number" if integer else "number"
+        raise InputError(name, f"must be a {expected} from {low} to {high}, not {value!r}")
 
 
 def _checked_stops(stops: object) -> tuple[str, ...]:

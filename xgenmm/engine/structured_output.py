@@ -1,12 +1,12 @@
-"""Structured answers: a JSON schema in, the tokens that an answer may go on with out.
+"""Structured output: from a JSON schema to a mask of the tokens that may come next.
 
-Knows nothing of models, requests or sampling. The grammar is llguidance's work. Here are the
-tokens as the bytes that `Detokenizer` makes of them, the check that no part of a schema goes
-unenforced, and what brings an answer to its end before its tokens run out.
+Knows nothing of models, requests or sampling. llguidance does the parsing. This module gives it the
+bytes of each token as `Detokenizer` renders them, rejects schemas that it would not fully enforce,
+and completes the JSON before an answer reaches its token limit.
 
-An answer is JSON on one line, with at most one space after a comma or a colon, and with the
-properties in the schema's order. A number ends after 15 characters where it may: a double holds
-that many digits, so that whoever reads it finds an exclusive bound kept.
+The output is JSON on one line, with at most one space after a comma or a colon and with properties
+in the schema's order. A number stops after 15 characters if it may: a double holds that many
+digits, so an exclusive bound still holds after parsing.
 """
 
 import json
@@ -26,41 +26,42 @@ from torch import Tensor
 from xgenmm.errors import InputError
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
-# llguidance refuses those of these that it cannot enforce, but passes over any other keyword.
+# llguidance rejects those of these keywords that it cannot enforce, but ignores all others.
 _KEYWORDS = {*Draft7Validator.META_SCHEMA["properties"]} | {
     *("$anchor", "$defs", "deprecated", "id", "prefixItems", "writeOnly")
 }
-_LISTS_OF_PARTS = {"allOf", "anyOf", "oneOf", "items", "prefixItems"}
-_NAMED_PARTS = {"$defs", "definitions", "patternProperties", "properties"}
+_SCHEMA_LISTS = {"allOf", "anyOf", "oneOf", "items", "prefixItems"}
+_SCHEMA_MAPS = {"$defs", "definitions", "patternProperties", "properties"}
 
-# The space is the one that `Detokenizer` drops from the front of an answer. Without `no_forcing`
-# the library would choose the tokens of what is certain to come, and need the encoder for it.
+# `Detokenizer` drops the leading space. Without `no_forcing`, llguidance would choose the tokens of
+# text that has no alternative, for which it needs the encoder.
 _GRAMMAR = '%llguidance {"no_forcing": true}\nstart: " "? json\njson: %json '
 _STYLE = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
-    # No `\u`: "\u0061" would be a second name for the property "a".
+    # No `\u`: "\u0061" would be a second spelling of the property "a".
     "json_allowed_escapes": 'nrbtf\\"',
 }
 _NUMBER = frozenset(b"0123456789+-.eE")
-_LONGEST_NUMBER = 15
-_LONGEST_WAY_OUT = 256
-_SLACK = 8  # what a name such as `false` can add to a way out
+_MAX_NUMBER_LENGTH = 15
+_MAX_COMPLETION = 256
+_SLACK = 8  # tokens that a literal such as `false` can add to a completion
 
 
 class GrammarCompiler:
-    """Compiles JSON schemas for one checkpoint's tokenizer. Threads may share it."""
+    """Compiles JSON schemas for one checkpoint's tokenizer. Thread-safe."""
 
-    def __init__(self, tokens: Tokenizer, end_ids: Collection[int], vocab: int) -> None:
-        """`vocab` is the width of the logits; each of `end_ids` ends an answer."""
-        self.ends = sorted(end_ids)
-        self.texts = texts = [tokens.text_bytes(token) for token in range(vocab)]
-        pieces = SimpleNamespace(tokens=texts, eos_token_id=self.ends[0], bos_token_id=None)
+    def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int], vocab: int) -> None:
+        """`vocab` is the width of the logits; each of `end_ids` may end an answer."""
+        self.end_ids = sorted(end_ids)
+        self.texts = texts = [tokenizer.text_bytes(token) for token in range(vocab)]
+        vocabulary = SimpleNamespace(tokens=texts, eos_token_id=self.end_ids[0], bos_token_id=None)
         self._tokenizer = LLTokenizer(
-            TokenizerWrapper(pieces), eos_token=self.ends, slices=LLTokenizer.json_slices()
+            TokenizerWrapper(vocabulary), eos_token=self.end_ids, slices=LLTokenizer.json_slices()
         )
-        # All [vocab]; calm tokens begin no member and no item, flat ones no object and no array.
+        # All [vocab]. A token is `calm` if it begins no member and no item, `flat` if it begins no
+        # object and no array.
         self.lengthens_number = torch.tensor([bool(_NUMBER & {*text[:1]}) for text in texts])
         self.calm = torch.tensor([not {*b'[{,"'} & {*text} for text in texts])
         self.flat = torch.tensor([not {*b"[{"} & {*text} for text in texts])
@@ -69,120 +70,124 @@ class GrammarCompiler:
         self.length = torch.tensor([float(len(text)) for text in texts])
         self.rank = torch.tensor([_rank(text) for text in texts])
         self.rank_inside = torch.tensor([_rank_inside(text) for text in texts])
-        self.rank[self.ends] = 1e9
+        self.rank[self.end_ids] = 1e9
 
     def compile(self, schema: Mapping[str, Any]) -> "Grammar":
-        """A constraint for one answer.
+        """The grammar of one answer.
 
-        Raises InputError for what is no JSON schema (in the draft that `$schema` names, by default
-        2020-12), and for one with a part that cannot be enforced.
+        Raises InputError if `schema` is not a JSON schema (of the draft that `$schema` names, by
+        default 2020-12) or if a part of it cannot be enforced.
         """
         schema = _checked(schema)
         text = json.dumps(schema | {"x-guidance": _STYLE})
         matcher = LLMatcher(
             self._tokenizer, LLMatcher.grammar_from_lark(_GRAMMAR + text), log_level=0
         )
-        # What may come with one token is about an array's item, with its names as in the schema.
-        constraint = Grammar(self, matcher, reserve=len(json.dumps(schema)) // 4)
-        constraint.way_out(_LONGEST_WAY_OUT)  # raises for a part that no text can meet
-        return constraint
+        # One token may begin an array item, whose length is about that of its schema.
+        grammar = Grammar(self, matcher, reserve=len(json.dumps(schema)) // 4)
+        grammar.completion(_MAX_COMPLETION)  # raises for a part that no text can satisfy
+        return grammar
 
 
 class Grammar:
-    """What one answer may still become. For one thread at a time.
+    """The state of one answer's grammar. For one thread at a time.
 
-    `cut` tells that the end of the tokens, not the model, has begun to shape the answer.
+    limited: whether the token limit has begun to restrict the answer, beyond the schema.
     """
 
     def __init__(
-        self, grammars: GrammarCompiler, matcher: LLMatcher, reserve: int = 0, text: bytes = b""
+        self, compiler: GrammarCompiler, matcher: LLMatcher, reserve: int = 0, text: bytes = b""
     ) -> None:
-        """Made by `GrammarCompiler.compile`; `reserve`: see `mask`."""
-        self.cut = False
-        self._grammars, self._matcher, self._reserve, self._text = grammars, matcher, reserve, text
-        self._look_at: float = float("inf")  # how many tokens are left at the next look for a way
-        self._way_out: list[int] = []  # once there is no other way
+        """Use `GrammarCompiler.compile`; `reserve`: see `mask`."""
+        self.limited = False
+        self._compiler, self._matcher, self._reserve, self._text = compiler, matcher, reserve, text
+        self._plan_at: float = float("inf")  # remaining tokens at which to plan the next time
+        self._completion: list[int] = []  # the tokens to come, once there is no room for others
 
     @property
     def finished(self) -> bool:
-        """The JSON is whole, and only an end can follow."""
+        """Whether the JSON is complete and only an end token can follow."""
         return bool(self._matcher.is_stopped())
 
-    def mask(self, left: int | None = None) -> Tensor:
-        """The tokens allowed next: bool [vocab] on the CPU, the end ids just where JSON may end.
+    def mask(self, remaining: int | None = None) -> Tensor:
+        """The tokens allowed next: bool [vocab] on the CPU, end ids only where the JSON may end.
 
-        left: how many tokens may still come, the end among them. When these are the way out and a
-            reserve, no member and no item is begun that need not be; when they are the way out,
-            it is taken. So the JSON becomes whole unless the limit is too small for any, or
-            `way_out` fails.
+        remaining: how many tokens may still come, the end token included. When only a completion
+            and a reserve fit, no optional member or item may begin; when only a completion fits,
+            its tokens are forced. So the JSON is complete unless the limit is too small for any
+            answer or `completion` finds none.
 
-        Raises InputError when the schema has led to where no text can follow.
+        Raises InputError if the schema allows no continuation of the text so far.
         """
         allowed = self._allowed()
-        if left is None:
+        if remaining is None:
             return allowed
-        if left <= self._look_at and not self._way_out:
-            self._look(left)
-        if self._way_out:
-            return torch.zeros_like(allowed).index_fill_(0, torch.tensor(self._way_out[:1]), True)
-        return self._calm(allowed) if self.cut else allowed
+        if remaining <= self._plan_at and not self._completion:
+            self._plan(remaining)
+        if self._completion:
+            forced = torch.tensor(self._completion[:1])
+            return torch.zeros_like(allowed).index_fill_(0, forced, True)
+        return self._calm(allowed) if self.limited else allowed
 
     def advance(self, token: int) -> None:
-        """The answer goes on with `token`, one that the mask allowed."""
+        """Append a token that the mask allowed. Raises ValueError for another one."""
         if not self._matcher.consume_token(token):
             raise ValueError(f"token {token} is not allowed after {self._text!r}")
-        self._text += self._grammars.texts[token]
-        self._way_out = self._way_out[1:]
+        self._text += self._compiler.texts[token]
+        self._completion = self._completion[1:]
 
-    def way_out(self, limit: int) -> list[int]:
-        """A short way to whole JSON, at most `limit` tokens, the last an end; empty if none.
+    def completion(self, limit: int) -> list[int]:
+        """At most `limit` tokens that complete the JSON, an end token last; empty if none is found.
 
-        Greedy: it closes what it may and begins what it has to. It is not always the shortest,
-        and a long pattern may keep it from an end.
+        Greedy: closes what may be closed and begins only what is required. The result is not always
+        the shortest, and a long pattern may prevent one.
         """
-        tables = self._grammars
-        probe = Grammar(tables, self._matcher.deep_copy(), text=self._text)
-        rank_inside, way = tables.rank_inside.clone(), list[int]()
-        while len(way) < limit:
+        compiler = self._compiler
+        probe = Grammar(compiler, self._matcher.deep_copy(), text=self._text)
+        rank_inside, tokens = compiler.rank_inside.clone(), list[int]()
+        while len(tokens) < limit:
             allowed = probe._allowed()
-            if allowed[tables.ends[0]]:
-                return [*way, tables.ends[0]]
-            rank = tables.rank
+            if allowed[compiler.end_ids[0]]:
+                return [*tokens, compiler.end_ids[0]]
+            rank = compiler.rank
             if probe._in_string():
-                certain = probe._matcher.compute_ff_bytes()  # then the fewest tokens for it
-                rank = tables.length if certain else rank_inside
-            way.append(int(rank.masked_fill(~allowed, -1).argmax()))
-            rank_inside[way[-1]] /= 2  # so that a pattern like `a*b` does not keep it for ever
-            probe.advance(way[-1])
+                # Text without an alternative should take the fewest tokens.
+                forced = probe._matcher.compute_ff_bytes()
+                rank = compiler.length if forced else rank_inside
+            tokens.append(int(rank.masked_fill(~allowed, -1).argmax()))
+            rank_inside[tokens[-1]] /= 2  # so that a pattern like `a*b` comes to an end
+            probe.advance(tokens[-1])
         return []
 
-    def _look(self, left: int) -> None:
-        """See how far the end is. That takes as many masks as the way out has tokens."""
-        way = self.way_out(min(left, _LONGEST_WAY_OUT))
-        spare = left - len(way) - _SLACK
-        if way and spare <= 0:
-            self._way_out = way
-        self.cut = bool(way) and spare <= self._reserve
-        until = left if not way else spare if self.cut else spare - self._reserve
-        self._look_at = left - 1 - max(0, until) // 2
+    def _plan(self, remaining: int) -> None:
+        """Compare the remaining tokens with a completion, which takes one mask per token."""
+        tokens = self.completion(min(remaining, _MAX_COMPLETION))
+        spare = remaining - len(tokens) - _SLACK
+        if tokens and spare <= 0:
+            self._completion = tokens
+        self.limited = bool(tokens) and spare <= self._reserve
+        until = remaining if not tokens else spare if self.limited else spare - self._reserve
+        self._plan_at = remaining - 1 - max(0, until) // 2
 
     def _calm(self, allowed: Tensor) -> Tensor:
-        """Of the allowed tokens those that begin nothing, or begin least."""
-        tables = self._grammars
+        """The allowed tokens that begin nothing, or else no object and no array."""
+        compiler = self._compiler
         if self._in_string():
-            return allowed & tables.calm_in_string
-        calm = allowed & (tables.calm if (allowed & tables.closes).any() else tables.flat)
+            return allowed & compiler.calm_in_string
+        calm = allowed & (compiler.calm if (allowed & compiler.closes).any() else compiler.flat)
         return calm if calm.any() else allowed
 
     def _allowed(self) -> Tensor:
         allowed = torch.from_numpy(np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) > 0)
-        # Where nothing can follow, the library allows an end even in mid-JSON.
-        allowed[self._grammars.ends] = self._matcher.is_accepting()
+        # If nothing can follow, llguidance allows an end token even in the middle of the JSON.
+        allowed[self._compiler.end_ids] = self._matcher.is_accepting()
         if not allowed.any():
-            raise _refused("$", f"nothing can follow {self._text.decode(errors='replace')!r}")
-        tail = self._text[-_LONGEST_NUMBER:]
-        if len(tail) == _LONGEST_NUMBER and _NUMBER.issuperset(tail) and not self._in_string():
-            shorter = allowed & ~self._grammars.lengthens_number
+            raise _cannot_enforce(
+                "$", f"nothing can follow {self._text.decode(errors='replace')!r}"
+            )
+        tail = self._text[-_MAX_NUMBER_LENGTH:]
+        if len(tail) == _MAX_NUMBER_LENGTH and _NUMBER.issuperset(tail) and not self._in_string():
+            shorter = allowed & ~self._compiler.lengthens_number
             return shorter if shorter.any() else allowed
         return allowed
 
@@ -191,10 +196,11 @@ class Grammar:
 
 
 def _rank(text: bytes) -> float:
-    """How soon a token leads to the end when it stands outside of a string."""
+    """How quickly a token outside of a string leads to complete JSON; higher is quicker."""
     if text and not text.strip(b"]}"):
         return 1e6 + len(text)
-    # 0 comes last because a bound may exclude it; then true, false and null; arrays and objects.
+    # 0 is the last digit because a bound may exclude it. Then true, false and null, and at last
+    # arrays and objects.
     if len(text) == 1 and (place := b',:"1234567890'.find(text)) >= 0:
         return 1000.0 - place
     if text.isalpha():
@@ -203,14 +209,14 @@ def _rank(text: bytes) -> float:
 
 
 def _rank_inside(text: bytes) -> float:
-    """The same inside of a string: the end, or a character that a pattern may be waiting for."""
+    """The same inside a string: its end, or a character that a pattern may require."""
     if text == b'"':
         return 1e6
     return 20.0 if len(text) == 1 and text.isascii() and text != b"\\" else 1.0
 
 
 def _checked(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema as plain JSON; InputError for what is no schema and for what is not enforced."""
+    """The schema as plain JSON. Raises InputError if it is invalid or cannot be enforced."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps({**schema}, allow_nan=False))
         draft = validator_for(plain, default=Draft202012Validator)
@@ -219,62 +225,67 @@ def _checked(schema: Mapping[str, Any]) -> dict[str, Any]:
     except (AttributeError, TypeError, ValueError, RecursionError) as problem:
         raise InputError("json_schema", f"must be a JSON schema as an object ({problem})") from None
     if error is not None:
-        raise InputError("json_schema", f"is no valid schema at {error.json_path}: {error.message}")
+        raise InputError(
+            "json_schema", f"is not a valid schema at {error.json_path}: {error.message}"
+        )
     for path, part in parts:
-        if reason := _passed_over(part):
-            raise _refused(path, reason)
-    if reason := _refusal(plain):
-        # At the smallest part that llguidance refuses for the same reason.
+        if reason := _unenforced(part):
+            raise _cannot_enforce(path, reason)
+    if reason := _rejection(plain):
+        # Name the smallest part that llguidance rejects for the same reason.
         shared = {name: plain[name] for name in ("$defs", "definitions") if name in plain}
-        where = (path for path, part in reversed(parts) if _refusal(part | shared) == reason)
-        raise _refused(next(where, "$"), reason)
+        paths = (path for path, part in reversed(parts) if _rejection(part | shared) == reason)
+        raise _cannot_enforce(next(paths, "$"), reason)
     return plain
 
 
 def _parts(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A schema and every schema within it, with the paths to them."""
+    """The path and content of a schema and of every schema within it."""
     if not isinstance(schema, dict):
         return
     yield path, schema
     for keyword, value in schema.items():
-        within: list[tuple[str, Any]] = []
-        if keyword in _NAMED_PARTS and isinstance(value, dict):
-            within = [(f".{name}", part) for name, part in value.items()]
-        elif keyword in _LISTS_OF_PARTS and isinstance(value, list):
-            within = [(f"[{i}]", part) for i, part in enumerate(value)]
+        nested: list[tuple[str, Any]] = []
+        if keyword in _SCHEMA_MAPS and isinstance(value, dict):
+            nested = [(f".{name}", part) for name, part in value.items()]
+        elif keyword in _SCHEMA_LISTS and isinstance(value, list):
+            nested = [(f"[{i}]", part) for i, part in enumerate(value)]
         elif keyword in ("additionalItems", "additionalProperties", "items"):
-            within = [("", value)]
-        for name, part in within:
+            nested = [("", value)]
+        for name, part in nested:
             yield from _parts(part, f"{path}.{keyword}{name}")
 
 
-def _passed_over(part: dict[str, Any]) -> str:
-    """What llguidance would accept in a part but not enforce to the full; empty for nothing."""
+def _unenforced(part: dict[str, Any]) -> str:
+    """What llguidance accepts in a part but does not fully enforce; empty if nothing."""
     if unknown := [key for key in part if key not in _KEYWORDS and not key.startswith("x-")]:
         return f"keyword {unknown[0]!r}; correct it or leave it out"
     if "format" in part and "string" not in part.get("type", "string"):
-        return f"format {part['format']!r} of no string; use minimum, maximum or multipleOf"
+        return (
+            f"format {part['format']!r} for a type other than string; use minimum, maximum or "
+            "multipleOf"
+        )
     if part.get("minProperties", 0) > len(part.get("required", ())) + 1:
-        # Nothing keeps two members that the schema does not name from having the same name.
+        # llguidance does not prevent two members with the same unnamed key.
         return "minProperties beyond one more than in `required`; name more of them there"
     if part.get("multipleOf", 1) % 1:
-        # Validators divide floating-point numbers: to them 0.07 is no multiple of 0.01.
+        # Validators divide floating-point numbers: for them, 0.07 is not a multiple of 0.01.
         return f"multipleOf {part['multipleOf']}; use a whole number"
     values = json.dumps([part.get("const"), part.get("enum")], ensure_ascii=False)
     if re.search(r"\\u00|\x7f", values.replace(r"\\", "")):
-        # Only `\u` could write them, see `_STYLE`, and llguidance would leave them out.
+        # They need `\u`, which `_STYLE` excludes; llguidance would silently drop the value.
         return r"control characters in const or enum; use none but \b, \f, \n, \r and \t"
     return ""
 
 
-def _refusal(schema: dict[str, Any]) -> str:
-    """Why llguidance refuses a schema; empty when it does not."""
+def _rejection(schema: dict[str, Any]) -> str:
+    """Why llguidance rejects a schema; empty if it does not."""
     grammar = LLMatcher.grammar_from_json_schema(schema | {"x-guidance": _STYLE})
-    refused, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    if refused and messages[0].startswith("oneOf"):
+    rejected, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if rejected and messages[0].startswith("oneOf"):
         return "oneOf with alternatives that may overlap; use anyOf"
-    return messages[0] if refused else ""
+    return messages[0] if rejected else ""
 
 
-def _refused(path: str, reason: str) -> InputError:
+def _cannot_enforce(path: str, reason: str) -> InputError:
     return InputError("json_schema", f"cannot be enforced at {path}: {reason}")

@@ -1,7 +1,7 @@
-"""Golden cases through the engine, all at once, beside neighbours with other settings.
+"""Golden cases through the engine, all at once, together with requests of other settings.
 
 `xgenmm.evaluation.parity` checks one case at a time without the engine; this checks that batching
-changes nothing.
+does not change the results.
 """
 
 import json
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from xgenmm.engine.pool import SchedulerPool
-from xgenmm.engine.prefix_cache import PromptHashes
+from xgenmm.engine.engine_thread import EngineThread
+from xgenmm.engine.prompt_hashes import PromptHashes
 from xgenmm.engine.reference import generate
+from xgenmm.engine.request import EngineRequest, StopReason
 from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.engine.scheduler import EngineRequest, StopReason
+from xgenmm.engine.scheduler import SchedulerConfig
 from xgenmm.evaluation.parity import golden_model, golden_prompt
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
@@ -26,25 +27,26 @@ from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 
 MAX_NUM_SEQS = 16
+CACHE_BYTES = 64 << 20
 
 
 @dataclass
-class Collected:
-    """A `OutputSink` that keeps the ids and never ends an answer by itself."""
+class CollectingSink:
+    """An `OutputSink` that collects token ids and never ends an answer."""
 
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
     error: Exception | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def token(self, token: int) -> StopReason | None:
-        """Keep it."""
-        self.ids.append(token)
+    def token(self, token_id: int) -> StopReason | None:
+        """Collect a token id."""
+        self.ids.append(token_id)
         return None
 
-    def chosen(self, number: int, probabilities: Sequence[float]) -> None:
-        """Keep the number as if it were a token."""
-        self.ids.append(number)
+    def chosen(self, index: int, probabilities: Sequence[float]) -> None:
+        """Collect the index of the choice as if it were a token id."""
+        self.ids.append(index)
 
     def end(self, reason: StopReason, error: Exception | None) -> None:
         """Let `result` return."""
@@ -52,7 +54,7 @@ class Collected:
         self.ended.set()
 
     def result(self) -> list[int]:
-        """The ids, once all are there. Raises what failed the job."""
+        """Wait for all ids. Raises the error of a failed request."""
         self.ended.wait()
         if self.error is not None:
             raise self.error
@@ -60,8 +62,11 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One job of the golden part: the ids it should have, and those it got beside the others."""
+class Comparison:
+    """The expected token ids of one request, and those it got in a batch with the others.
+
+    golden: whether the expected ids come from the golden data.
+    """
 
     name: str
     golden: bool
@@ -69,49 +74,42 @@ class Compared:
     found: list[int]
 
 
-def check_engine(folder: Path, seed: int) -> list[Compared]:
-    """All jobs of a golden folder at once, in an order that `seed` decides.
+def check_engine(folder: Path, seed: int) -> list[Comparison]:
+    """Run all requests of a golden folder at once, shuffled by `seed`.
 
-    Beside those with known ids each case has neighbours of other settings, whose expected ids are
-    what `generate` gives each alone.
+    Each case gets three more requests with other settings. Their expected ids are those of
+    `reference.generate`.
     """
     description = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
     model, rng = golden_model(folder, description), random.Random(seed)
     end_ids = frozenset({description["text"]["eos_token_id"]})
-    planned: list[tuple[str, bool, list[int], EngineRequest, Collected]] = []
+    planned: list[tuple[str, bool, list[int], CollectingSink]] = []
+    requests: list[EngineRequest] = []
     for case in description["cases"]:
         prompt = golden_prompt(description, case["input_ids"])
         images = [read_image(folder / file) for file in case["images"]]
         tile = model.config.vision.image_size
-        tiles = [tile_image(shown, model.config.tiling, tile) for shown in images]
+        tiles = [tile_image(image, model.config.tiling, tile) for image in images]
         for stage, settings in _golden_settings(case, rng):
             ids = case.get(stage) or _generate_alone(model, prompt, tiles, settings, end_ids)
-            collected = Collected()
-            planned.append(
-                (
-                    f"{folder.name}/{case['name']}: {settings}",
-                    stage in case,
-                    ids,
-                    _engine_request(model, prompt, tiles, settings, collected),
-                    collected,
-                )
-            )
-    rng.shuffle(planned)
-    pool = SchedulerPool(model, end_ids, slots=MAX_NUM_SEQS, cache_bytes=64 << 20)
-    for *_, job, _ in planned:
-        pool.submit(job)
-    compared = [
-        Compared(name, known, ids, collected.result()) for name, known, ids, _, collected in planned
-    ]
-    pool.close()
-    pool.join()
+            sink = CollectingSink()
+            name = f"{folder.name}/{case['name']}: {settings}"
+            planned.append((name, stage in case, ids, sink))
+            requests.append(_engine_request(model, prompt, tiles, settings, sink))
+    rng.shuffle(requests)
+    thread = EngineThread(model, end_ids, MAX_NUM_SEQS, CACHE_BYTES, SchedulerConfig())
+    for request in requests:
+        thread.submit(request)
+    compared = [Comparison(name, golden, ids, sink.result()) for name, golden, ids, sink in planned]
+    thread.close()
+    thread.join()
     return compared
 
 
 def _golden_settings(
     case: Mapping[str, Any], rng: random.Random
 ) -> Iterator[tuple[str, SamplingParams]]:
-    """(stage, settings) of the case's known ids, and of three neighbours with other settings."""
+    """(stage, settings) of the case's golden ids, and of three requests with other settings."""
     for stage, beams, penalty in (
         ("greedy_ids", 1, 1.0),
         ("greedy_repetition_penalty_2_ids", 1, 2.0),
@@ -132,17 +130,15 @@ def _engine_request(
     prompt: Prompt,
     tiles: Sequence[TiledImage],
     settings: SamplingParams,
-    receiver: Collected,
+    sink: CollectingSink,
 ) -> EngineRequest:
-    resampler = model.config.resampler
-    instructed = resampler.text_tokens > 0
     return EngineRequest(
         prompt=prompt,
         images=tiles,
-        keys=PromptHashes.of(prompt, tiles, resampler.num_latents, instructed=instructed),
+        hashes=PromptHashes.from_prompt(prompt, tiles, model.config.resampler),
         params=settings,
-        limit=settings.max_new_tokens,
-        receiver=receiver,
+        max_tokens=settings.max_new_tokens,
+        sink=sink,
     )
 
 

@@ -1,4 +1,4 @@
-"""Many requests at once: batching, reuse, fairness and failures, on tiny random checkpoints."""
+"""Many requests at once: independence, fairness, caching and failures, on tiny checkpoints."""
 
 import asyncio
 import gc
@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from PIL import Image
 import xgenmm
 from tests.support import tiny
 from xgenmm import Answer, Engine, EngineError, InputError, Message, Request, SamplingParams
-from xgenmm.engine import scheduler as scheduling
+from xgenmm.engine.choices import choice_token_ids
 from xgenmm.engine.reference import answer_text as alone
-from xgenmm.engine.scheduler import Scheduler
+from xgenmm.engine.scheduler import Scheduler, SchedulerConfig
 from xgenmm.preprocessing.tiling import tile_image
 
 SLOTS = 6
@@ -30,32 +31,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint(tmp_path_factory.mktemp("anyres"))
 
 
-@pytest.fixture(params=[0, 1], ids=["in step", "a step ahead"])
-def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    started = xgenmm.load(folder, max_num_seqs=SLOTS, cache_bytes=1 << 24)
-    scheduler(started).ahead = request.param  # 1 is what a GPU does
-    yield started
-    started.close()
-    assert_all_free(started)
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Engine:
+    """Provides a model and a tokenizer, and answers without the scheduler (`alone`)."""
+    return xgenmm.load(folder, max_num_seqs=1)
 
 
 @pytest.fixture(scope="module")
-def forgetful(folder: Path) -> Iterator[Engine]:
-    """An engine that keeps nothing: what it says is right."""
+def uncached(folder: Path) -> Iterator[Engine]:
+    """An engine without caches, whose answers are the reference for those with caches."""
     started = xgenmm.load(folder, max_num_seqs=1, cache_bytes=0)
     yield started
     started.close()
 
 
-def scheduler(engine: Engine) -> Scheduler:
-    (only,) = engine._pool.schedulers
-    return only
+@pytest.fixture(params=[0, 1], ids=["synchronous", "overlapped"])
+def config(request: pytest.FixtureRequest) -> SchedulerConfig:
+    return SchedulerConfig(overlapped_steps=request.param)  # 1 is the default on a GPU
+
+
+@pytest.fixture
+def engine(loaded: Engine, config: SchedulerConfig) -> Iterator[Engine]:
+    with running_engine(loaded, config) as started:
+        yield started
+
+
+@contextmanager
+def running_engine(loaded: Engine, config: SchedulerConfig) -> Iterator[Engine]:
+    """An engine with the model of another one."""
+    started = Engine(loaded.model, loaded.tokenizer, SLOTS, 1 << 24, config)
+    yield started
+    started.close()
+    assert_all_free(started)
 
 
 def assert_all_free(engine: Engine) -> None:
-    for held in engine._pool.schedulers:
-        assert held.busy == 0
-        assert sorted(held._free) == list(range(held.slots))
+    status = engine.status()
+    assert (status.running, status.waiting) == (0, 0)
+    assert status.free_slots == engine.max_num_seqs
 
 
 def image(color: str = "red", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -94,7 +107,7 @@ def mixed_requests(seed: int, count: int) -> list[Request]:
 
 @contextmanager
 def gate(target: object, name: str) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Hold the calls of a method: (set once one has come, set to let all go on)."""
+    """Block the calls of a method. Yields (set at the first call, set it to unblock)."""
     original: Callable[..., Any] = getattr(target, name)
     come, go_on = threading.Event(), threading.Event()
 
@@ -113,7 +126,7 @@ def gate(target: object, name: str) -> Iterator[tuple[threading.Event, threading
 
 @contextmanager
 def recorded(model: Any, *names: str) -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """The calls of a model's methods, in order."""
+    """The calls of some methods of a model, in order."""
     calls: list[tuple[str, tuple[Any, ...]]] = []
     originals = {name: getattr(model, name) for name in names}
 
@@ -135,7 +148,7 @@ def recorded(model: Any, *names: str) -> Iterator[list[tuple[str, tuple[Any, ...
 
 @contextmanager
 def failing(target: object, name: str, error: Exception, times: int) -> Iterator[None]:
-    """The method's next `times` calls raise."""
+    """Let the next `times` calls of a method raise."""
     original: Callable[..., Any] = getattr(target, name)
     left = times
 
@@ -153,11 +166,11 @@ def failing(target: object, name: str, error: Exception, times: int) -> Iterator
         setattr(target, name, original)
 
 
-# Each its own
+# Independence
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_answers_do_not_depend_on_the_neighbours(engine: Engine, seed: int) -> None:
+def test_answers_do_not_depend_on_the_rest_of_the_batch(engine: Engine, seed: int) -> None:
     requests = mixed_requests(seed, 20)
     answers = [engine.stream(request) for request in requests]
     for answer, request in zip(answers, requests, strict=True):
@@ -165,7 +178,7 @@ def test_answers_do_not_depend_on_the_neighbours(engine: Engine, seed: int) -> N
     assert max(answer.usage.batch_size for answer in answers) > 1
 
 
-def test_requests_join_while_others_run(engine: Engine) -> None:
+def test_requests_are_added_while_others_run(engine: Engine) -> None:
     with gate(engine.model, "decode") as (come, go_on):
         first = engine.stream(asking(limit=100))
         assert come.wait(60)
@@ -176,7 +189,7 @@ def test_requests_join_while_others_run(engine: Engine) -> None:
     assert second.usage.batch_size == 2
 
 
-def test_more_requests_than_slots_wait_their_turn(engine: Engine) -> None:
+def test_more_requests_than_slots_wait(engine: Engine) -> None:
     requests = [asking(f"Number {i}?", limit=20) for i in range(3 * SLOTS)]
     answers = [engine.stream(request) for request in requests]
     assert [a.text() for a in answers] == [alone(engine, request) for request in requests]
@@ -195,8 +208,8 @@ def test_async_iteration(engine: Engine) -> None:
     assert asyncio.run(both()) == [alone(engine, asking(q)) for q in ("One?", "Two?")]
 
 
-@pytest.mark.parametrize("engine", [0], indirect=True)  # the gate holds up the host too
-def test_a_reader_whose_loop_is_closed_does_no_harm(engine: Engine) -> None:
+@pytest.mark.parametrize("config", [0], indirect=True, ids=["synchronous"])
+def test_closed_event_loop_of_a_reader_does_no_harm(engine: Engine) -> None:
     async def first(answer: Answer) -> str:
         async for piece in answer:
             return piece
@@ -210,17 +223,19 @@ def test_a_reader_whose_loop_is_closed_does_no_harm(engine: Engine) -> None:
     assert begun + answer.text() == alone(engine, asking(limit=100))
 
 
-# No stream waits long
+# Fairness
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_between_steps(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_long_prompt_is_prefilled_in_chunks_between_steps(
+    loaded: Engine, config: SchedulerConfig
 ) -> None:
-    monkeypatch.setattr(scheduling, "CHUNK", 16)
-    monkeypatch.setattr(scheduling, "TILES", 5)
+    config = replace(config, max_chunk_tokens=16, max_encode_tiles=5)
     long = asking("Which?", "red", "blue", "green", "black")
-    expected = alone(engine, long)
-    with recorded(engine.model, "features", "prefill_chunk", "decode") as calls:
+    expected = alone(loaded, long)
+    with (
+        running_engine(loaded, config) as engine,
+        recorded(engine.model, "features", "prefill_chunk", "decode") as calls,
+    ):
         with gate(engine.model, "decode") as (come, go_on):
             running = engine.stream(asking(limit=60))
             assert come.wait(60)
@@ -240,48 +255,49 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_steps(
     assert tiles == [5, 5, 5, 5]
 
 
-def test_waiting_images_are_encoded_together(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scheduling, "TILES", 32)
-    with recorded(engine.model, "features") as calls:
+def test_waiting_images_are_encoded_together(loaded: Engine, config: SchedulerConfig) -> None:
+    config = replace(config, max_encode_tiles=32)
+    with (
+        running_engine(loaded, config) as engine,
+        recorded(engine.model, "features") as calls,
+    ):
         with gate(engine.model, "decode") as (come, go_on):
             running = engine.stream(asking())
             assert come.wait(60)
             answers = [engine.stream(asking("What?", color)) for color in ("red", "blue", "red")]
             go_on.set()
         assert all(answer.text() for answer in [running, *answers])
-    assert [len(arguments[0]) for _, arguments in calls] == [2]  # the same image only once
+    assert [len(arguments[0]) for _, arguments in calls] == [2]  # each image only once
 
 
-# An image is paid for once
+# Caching
 
 
-def test_a_second_question_prefills_only_its_own_tokens(engine: Engine, forgetful: Engine) -> None:
+def test_second_question_prefills_only_its_own_tokens(engine: Engine, uncached: Engine) -> None:
     first, second = asking("What is it?", "red", "blue"), asking("Which color?", "red", "blue")
     engine.stream(first).text()
     with recorded(engine.model, "features", "prefill_chunk") as calls:
         answer = engine.stream(second)
-        assert answer.text() == forgetful.stream(second).text()
+        assert answer.text() == uncached.stream(second).text()
     assert [name for name, _ in calls] == ["prefill_chunk"]
     usage = answer.usage
     assert usage.image_tokens < usage.cached_tokens < usage.prompt_tokens
     assert sum(len(part) for part in calls[0][1][0]) == usage.prompt_tokens - usage.cached_tokens
 
 
-def test_the_next_turn_reuses_prompt_and_answer(engine: Engine, forgetful: Engine) -> None:
+def test_next_turn_reuses_prompt_and_answer(engine: Engine, uncached: Engine) -> None:
     first = asking("What is it?", "red", limit=40)
     said = engine.stream(first)
     text = said.text()
     turns = (Message("user", first.question), Message("assistant", text))
     follow_up = Request("And why?", first.images, messages=turns, sampling=first.sampling)
     answer = engine.stream(follow_up)
-    assert answer.text() == forgetful.stream(follow_up).text()
+    assert answer.text() == uncached.stream(follow_up).text()
     assert answer.usage.cached_tokens > said.usage.prompt_tokens - 32
 
 
 @pytest.mark.parametrize("version", ["v1.5", "v1"])
-def test_never_a_wrong_hit(tmp_path: Path, version: str) -> None:
+def test_caches_never_return_a_wrong_entry(tmp_path: Path, version: str) -> None:
     checkpoint = tiny.checkpoint(tmp_path / version, version)
     warm = xgenmm.load(checkpoint, max_num_seqs=2, cache_bytes=1 << 24)
     cold = xgenmm.load(checkpoint, max_num_seqs=2, cache_bytes=0)
@@ -296,18 +312,17 @@ def test_never_a_wrong_hit(tmp_path: Path, version: str) -> None:
                 assert warm.stream(request).text() == cold.stream(request).text()
     with recorded(warm.model, "features") as calls:
         warm.stream(Request("Another one?", [almost], sampling=SamplingParams(2))).text()
-    assert calls == []  # known, whatever is asked
+    assert calls == []  # cached, whatever the question
 
 
-def test_caches_keep_to_their_budget(folder: Path) -> None:
+def test_caches_respect_their_limit(folder: Path) -> None:
     small = xgenmm.load(folder, max_num_seqs=2, cache_bytes=100_000)
-    held = scheduler(small).caches
     for number in range(12):
         request = asking(f"Number {number}?", "red", limit=2)
         small.stream(Request(request.question, [image(size=(40 + number, 30))])).cancel()
         small.stream(request).text()
-        assert held.images.used + held.prefixes.store.used <= 100_000
-    assert len(held.prefixes.store) > 0
+        assert small.status().cache_bytes <= 100_000
+    assert small.status().cached_blocks > 0
     small.close()
 
 
@@ -325,7 +340,7 @@ def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
     embeds = engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles))
     scores = []
     for choice in choices:
-        ids = engine._choice_ids(choice)
+        ids = choice_token_ids(engine.tokenizer, engine.config.text, choice)
         whole = torch.cat([embeds, engine.model.embed_ids(ids)])[None]
         length = whole.shape[1]
         positions = torch.arange(length)[None]
@@ -341,13 +356,13 @@ def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
     assert answer.usage.stop_reason == "end"
 
 
-def test_many_choices_need_several_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_choices_need_several_passes(engine: Engine, config: SchedulerConfig) -> None:
     request = Request("What?", choices=tuple(f"word {i}" for i in range(40)))
     whole = engine.stream(request)
     text = whole.text()
-    monkeypatch.setattr(scheduling, "CHUNK", 20)
-    parts = engine.stream(request)
-    assert parts.text() == text
+    with running_engine(engine, replace(config, max_chunk_tokens=20)) as other:
+        parts = other.stream(request)
+        assert parts.text() == text
     assert parts.usage.choices == pytest.approx(whole.usage.choices, abs=1e-6)
 
 
@@ -355,7 +370,7 @@ def test_many_choices_need_several_passes(engine: Engine, monkeypatch: pytest.Mo
     ("wrong", "message"),
     [
         ({"choices": ("",)}, r"^choices: each must be a non-empty text"),
-        ({"choices": ("a", "a")}, r"^choices: each may be there only once"),
+        ({"choices": ("a", "a")}, r"^choices: must all be different"),
         ({"choices": ("a",) * 300}, r"^choices: "),
         ({"choices": ("long " * 200, "a")}, r"^choices: the longest has more than the \d+ tokens"),
         ({"choices": ("a",), "json_schema": {}}, r"^json_schema: cannot be combined with choices"),
@@ -365,16 +380,16 @@ def test_many_choices_need_several_passes(engine: Engine, monkeypatch: pytest.Mo
         ),
         (
             {"sampling": SamplingParams(num_beams=8)},
-            rf"^num_beams: 8 beams take as many slots and this engine has {SLOTS}",
+            rf"^num_beams: 8 beams need as many slots and this engine has {SLOTS}",
         ),
     ],
 )
-def test_what_cannot_be_asked(engine: Engine, wrong: dict[str, Any], message: str) -> None:
+def test_invalid_request_is_rejected(engine: Engine, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         engine.stream(Request("What?", **wrong))
 
 
-# Life cycle
+# Lifecycle
 
 
 def test_cancel_frees_the_slot_within_a_step(
@@ -397,14 +412,14 @@ def test_cancel_frees_the_slot_within_a_step(
         go_on.set()
         assert waiting.text() == expected
     assert answers[2].usage.stop_reason == "cancelled"
-    # The step that was held, and then the one who waited has the slot.
+    # After the blocked step, the waiting request gets the slot.
     assert [name for name, _ in calls[before:]].index("prefill_chunk") == 1
     for answer in answers:
         answer.cancel()
         answer.text()
 
 
-def test_a_waiting_request_can_be_cancelled(engine: Engine) -> None:
+def test_waiting_request_can_be_cancelled(engine: Engine) -> None:
     with gate(engine.model, "decode") as (come, go_on):
         answers = [engine.stream(asking(f"{i}?", limit=5)) for i in range(SLOTS + 1)]
         assert come.wait(60)
@@ -415,13 +430,13 @@ def test_a_waiting_request_can_be_cancelled(engine: Engine) -> None:
     assert all(answer.text() for answer in answers[:-1])
 
 
-def test_timeout_ends_the_answer_where_it_is(engine: Engine) -> None:
+def test_timeout_ends_the_answer(engine: Engine) -> None:
     answer = engine.stream(Request("What?", timeout=0.0))
     assert answer.text() == ""
     assert answer.usage.stop_reason == "timeout"
 
 
-def test_a_failing_request_fails_alone(engine: Engine) -> None:
+def test_failing_request_fails_alone(engine: Engine) -> None:
     with gate(engine.model, "decode") as (come, go_on):
         running = engine.stream(asking(limit=30))
         assert come.wait(60)
@@ -434,7 +449,7 @@ def test_a_failing_request_fails_alone(engine: Engine) -> None:
     assert running.text() == alone(engine, asking(limit=30))
 
 
-def test_a_failing_step_fails_those_in_it_and_the_engine_goes_on(engine: Engine) -> None:
+def test_failing_step_fails_its_requests_and_the_engine_goes_on(engine: Engine) -> None:
     with failing(engine.model, "decode", RuntimeError("boom"), times=1):
         answers = [engine.stream(asking(f"{i}?")) for i in range(2)]
         failed = 0
@@ -450,7 +465,7 @@ def test_a_failing_step_fails_those_in_it_and_the_engine_goes_on(engine: Engine)
 @pytest.mark.parametrize(
     "method", ["features", "prefill_chunk", "decode", "merge_multimodal_embeddings"]
 )
-def test_out_of_memory_drops_the_caches_and_tries_once_more(engine: Engine, method: str) -> None:
+def test_out_of_memory_drops_the_caches_and_retries_once(engine: Engine, method: str) -> None:
     engine.stream(asking("Before?", "blue")).text()
     error = torch.OutOfMemoryError("CUDA out of memory")
     request = asking("What?", "red")
@@ -464,14 +479,14 @@ def test_out_of_memory_drops_the_caches_and_tries_once_more(engine: Engine, meth
     assert engine.stream(request).text() == alone(engine, request)
 
 
-def test_close_finishes_what_runs_and_refuses_what_is_new(folder: Path) -> None:
+def test_close_finishes_accepted_requests_and_refuses_new_ones(folder: Path) -> None:
     closing = xgenmm.load(folder, max_num_seqs=1)
     with gate(closing.model, "decode") as (come, go_on):
         running, waiting = (closing.stream(asking(question)) for question in ("One?", "Two?"))
         assert come.wait(60)
         thread = threading.Thread(target=closing.close)
         thread.start()
-        while not scheduler(closing)._closed:
+        while not closing.status().closed:
             thread.join(0.001)
         with pytest.raises(EngineError, match="shut down"):
             closing.stream(asking())
@@ -482,50 +497,56 @@ def test_close_finishes_what_runs_and_refuses_what_is_new(folder: Path) -> None:
     assert_all_free(closing)
 
 
-def test_check_tells_a_stuck_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.check()
-    with gate(engine.model, "decode") as (come, go_on):
-        answer = engine.stream(asking())
-        assert come.wait(60)
+@pytest.mark.parametrize("stall_seconds", [300.0, 0.0])
+def test_check_detects_a_stuck_engine(
+    loaded: Engine, config: SchedulerConfig, stall_seconds: float
+) -> None:
+    with running_engine(loaded, replace(config, stall_seconds=stall_seconds)) as engine:
         engine.check()
-        monkeypatch.setattr(scheduling, "STUCK", 0.0)
-        with pytest.raises(EngineError, match="has made no step for"):
-            engine.check()
-        monkeypatch.undo()
-        go_on.set()
-        assert answer.text()
-    engine.check()
+        with gate(engine.model, "decode") as (come, go_on):
+            answer = engine.stream(asking())
+            assert come.wait(60)
+            if stall_seconds:
+                engine.check()
+            else:
+                with pytest.raises(EngineError, match="has made no step for"):
+                    engine.check()
+            go_on.set()
+            assert answer.text()
+        engine.check()
 
 
-def test_check_tells_a_dead_engine_and_nobody_waits_for_it(folder: Path) -> None:
+def test_dead_engine_is_detected_and_its_requests_fail(folder: Path) -> None:
     dying = xgenmm.load(folder, max_num_seqs=2)
-    with failing(scheduler(dying), "_admit", SystemError("boom"), times=1):
+    with failing(Scheduler, "admit", SystemError("boom"), times=1):
         answer = dying.stream(asking())
         with pytest.raises(EngineError, match=r"the engine stopped: SystemError\('boom'\)"):
             answer.text()
-        scheduler(dying)._thread.join(60)
     with pytest.raises(EngineError):
         dying.check()
     with pytest.raises(EngineError):
         dying.stream(asking())
 
 
-def test_an_engine_that_nobody_holds_ends_its_thread(folder: Path) -> None:
-    short = xgenmm.load(folder, max_num_seqs=1)
-    short.stream(asking()).text()
-    thread = scheduler(short)._thread
-    del short
+def test_thread_of_an_unreferenced_engine_ends(folder: Path) -> None:
+    before = set(threading.enumerate())
+    unused = xgenmm.load(folder, max_num_seqs=1)
+    unused.stream(asking()).text()
+    (thread,) = set(threading.enumerate()) - before
+    del unused
     gc.collect()
     thread.join(60)
     assert not thread.is_alive()
 
 
-def test_activity_is_summarised(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_summary_is_logged(
+    loaded: Engine, config: SchedulerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(scheduling, "SUMMARY", 0.0)
-    with caplog.at_level("INFO", logger="xgenmm.engine.scheduler"):
+    config = replace(config, summary_seconds=0.0)
+    with (
+        caplog.at_level("INFO", logger="xgenmm.engine.metrics"),
+        running_engine(loaded, config) as engine,
+    ):
         engine.stream(asking("What?", "red")).text()
-        engine.close()
     assert "1 length" in caplog.text or "1 end" in caplog.text
     assert "tiles encoded" in caplog.text

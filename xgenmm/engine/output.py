@@ -1,0 +1,106 @@
+"""Hands out tokens to the requests' sinks, and ends requests."""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from xgenmm.engine.metrics import Metrics
+from xgenmm.engine.model_runner import ModelRunner
+from xgenmm.engine.request import EngineRequest, StopReason
+from xgenmm.engine.scheduler import Scheduler
+from xgenmm.errors import EngineError, InputError
+
+logger = logging.getLogger(__name__)
+
+
+class OutputProcessor:
+    """Passes output on and releases what a finished request holds.
+
+    unfinished: the accepted requests whose sink has not been told the end. Other threads may read
+        it and add to it.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, metrics: Metrics) -> None:
+        self.unfinished: set[EngineRequest] = set()
+        self._scheduler = scheduler
+        self._runner = runner
+        self._metrics = metrics
+
+    def append_token(self, request: EngineRequest, token_id: int) -> None:
+        """Pass the next token on, and finish the request if it is complete.
+
+        A request that has finished in the meantime gets no more tokens.
+        """
+        if request not in self.unfinished:
+            return
+        usage = request.usage
+        if not request.output_token_ids:
+            usage.time_to_first_token = time.monotonic() - request.started
+        request.output_token_ids.append(token_id)
+        usage.output_tokens += 1
+        if request.grammar is not None:
+            request.grammar.advance(token_id)
+        reason = request.sink.token(token_id)
+        if reason is None and request.grammar is not None and request.grammar.finished:
+            reason = "end"
+        if reason is None and len(request.output_token_ids) == request.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self.finish(request, reason)
+
+    def finish_beams(self, request: EngineRequest, token_ids: Iterable[int]) -> None:
+        """Pass on the whole answer of a beam search and finish the request."""
+        reason: StopReason | None = None
+        for token_id in token_ids:
+            request.usage.output_tokens += 1
+            reason = request.sink.token(token_id)
+            if reason is not None:
+                break
+        self.finish(request, reason or "length")
+
+    def finish_choice(self, request: EngineRequest, scores: torch.Tensor) -> None:
+        """Choose from log-probabilities [choices] and finish the request."""
+        best = int(scores.argmax())
+        request.usage.output_tokens = len(request.choices[best])
+        request.usage.time_to_first_token = time.monotonic() - request.started
+        request.sink.chosen(best, scores.softmax(0).tolist())
+        self.finish(request, "end")
+
+    def fail(self, requests: Sequence[EngineRequest], error: Exception) -> None:
+        """End requests with an error: an InputError is passed on, others become an EngineError."""
+        if not isinstance(error, InputError):
+            error = EngineError(f"the request failed in the model: {error!r}")
+        for request in requests:
+            self.finish(request, "failed", error)
+
+    def finish(
+        self, request: EngineRequest, reason: StopReason, error: Exception | None = None
+    ) -> None:
+        """Release everything the request holds and tell its sink, once.
+
+        The sink is told even if the release fails, for example after a CUDA error.
+        """
+        if request not in self.unfinished:
+            return
+        self.unfinished.remove(request)
+        try:
+            if request.slots:
+                self._runner.remove_request(request)
+            if error is None and request.decoding and request.output_token_ids:
+                self._runner.cache_prefix(request)
+        finally:
+            self._scheduler.remove(request)
+            usage = request.usage
+            usage.stop_reason = reason
+            usage.tokens_per_second = usage.output_tokens / (time.monotonic() - request.started)
+            self._metrics.finish(usage)
+            _end_sink(request, reason, error)
+
+
+def _end_sink(request: EngineRequest, reason: StopReason, error: Exception | None) -> None:
+    try:
+        request.sink.end(reason, error)
+    except Exception:
+        logger.exception("the output sink of a request failed at its end")

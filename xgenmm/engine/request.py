@@ -1,0 +1,152 @@
+"""Requests: what a caller asks, what the engine tracks about it, and what the answer cost.
+
+Imports no torch, so that the scheduler can be used and tested without it.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from PIL import Image
+
+from xgenmm.engine.prompt_hashes import PromptHashes
+from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm.preprocessing.prompts import Message, Prompt
+from xgenmm.preprocessing.tiling import TiledImage
+
+if TYPE_CHECKING:
+    import torch
+
+    from xgenmm.engine.beam_search import BeamSearch
+    from xgenmm.engine.structured_output import Grammar
+
+StopReason = Literal["end", "stop", "length", "cancelled", "timeout", "failed"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question.
+
+    images: upright RGB, or tiled by `Engine.preprocess_image`.
+    system_prompt: None uses the prompt that the model was trained with.
+    choices: if given, the answer is the most likely of them and `sampling` is ignored.
+    json_schema: if given, the answer is JSON that conforms to this JSON Schema.
+    timeout: seconds after which generation stops and the partial text is returned.
+    """
+
+    question: str
+    images: Sequence[Image.Image | TiledImage] = ()
+    system_prompt: str | None = None
+    messages: tuple[Message, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    choices: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | None = None
+    timeout: float | None = None
+
+
+@dataclass
+class Usage:
+    """What an answer cost. Times are in seconds.
+
+    prompt_tokens: length of the prompt, `image_tokens` (vision tokens) included; the keys and
+        values of `cached_tokens` of them came from an earlier prompt.
+    queue_time: from the request to its admission.
+    prefill_time: from admission to the end of the prompt, image encoding included.
+    time_to_first_token: from the request to its first token.
+    tokens_per_second: output tokens divided by the time of the whole request.
+    batch_size: the largest number of requests in a decode step with this one, itself included.
+    stop_reason: `end` (the model ended the answer), `stop` (a stop sequence), `length`
+        (max_new_tokens or the context length), `cancelled`, `timeout` or `failed`.
+    choices: the probability of each choice, if the request had choices.
+    """
+
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    queue_time: float = 0.0
+    prefill_time: float = 0.0
+    time_to_first_token: float = 0.0
+    tokens_per_second: float = 0.0
+    batch_size: int = 0
+    stop_reason: StopReason = "cancelled"
+    choices: dict[str, float] | None = None
+
+
+class OutputSink(Protocol):
+    """Receives the output of one request.
+
+    The engine's thread calls all methods except `cancelled`; they must not block.
+    """
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller no longer wants the answer."""
+
+    def token(self, token_id: int) -> StopReason | None:
+        """Take the next token. Returns the reason if the answer is complete with it."""
+
+    def chosen(self, index: int, probabilities: Sequence[float]) -> None:
+        """Take the index of the most likely choice, and the probability of each choice."""
+
+    def end(self, reason: StopReason, error: Exception | None) -> None:
+        """The request has finished; nothing more follows."""
+
+
+@dataclass(eq=False)
+class EngineRequest:
+    """A checked request and its progress.
+
+    hashes: of `prompt` with `images`.
+    max_tokens: limit of output tokens; prompt and output together fit the context.
+    choices: token ids of each choice, its end token included; empty for free text.
+    started, deadline: `time.monotonic` seconds.
+    """
+
+    prompt: Prompt
+    images: Sequence[TiledImage]
+    hashes: PromptHashes
+    params: SamplingParams
+    max_tokens: int
+    sink: OutputSink
+    usage: Usage = field(default_factory=Usage)
+    grammar: "Grammar | None" = None
+    choices: Sequence[Sequence[int]] = ()
+    started: float = field(default_factory=time.monotonic)
+    deadline: float = float("inf")
+
+    num_prompt_tokens: int = field(init=False)  # vision tokens included
+
+    # Progress, set by the engine's thread.
+    admitted: float = field(default=0.0, init=False)
+    slots: list[int] = field(default_factory=list, init=False)
+    image_features: "dict[int, torch.Tensor]" = field(default_factory=dict, init=False)
+    embeds: "torch.Tensor | None" = field(default=None, init=False)  # [prompt tokens, width]
+    num_computed_tokens: int = field(default=0, init=False)  # tokens with cached keys and values
+    output_token_ids: list[int] = field(default_factory=list, init=False)
+    beam_search: "BeamSearch | None" = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.hashes.positions)
+
+    @property
+    def num_slots(self) -> int:
+        """How many batch slots the request needs: one for each beam."""
+        return 1 if self.choices else self.params.num_beams
+
+    @property
+    def pending_images(self) -> list[int]:
+        """Indices of the images that must still be encoded."""
+        if self.embeds is not None or self.decoding:
+            return []
+        return [
+            index
+            for index, end in enumerate(self.hashes.image_ends)
+            if end > self.usage.cached_tokens and index not in self.image_features
+        ]
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the whole prompt has been computed."""
+        return self.num_computed_tokens >= self.num_prompt_tokens
