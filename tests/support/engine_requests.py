@@ -1,0 +1,57 @@
+"""Engine requests without a model, for tests of single parts of the engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xgenmm.config import ResamplerConfig
+from xgenmm.engine.prompt_hashes import PromptHashes
+from xgenmm.engine.request import EngineRequest, StopReason
+from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm.preprocessing.prompts import Prompt
+from xgenmm.preprocessing.tiling import TiledImage
+
+LATENTS = 4
+
+
+class RecordingSink:
+    """An `OutputSink` that records what it receives."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.token_ids: list[int] = []
+        self.ends: list[tuple[StopReason, Exception | None]] = []
+
+    def token(self, token_id: int) -> StopReason | None:
+        """Record a token."""
+        self.token_ids.append(token_id)
+        return None
+
+    def chosen(self, index: int, probabilities: Sequence[float]) -> None:
+        """Record an index as if it were a token."""
+        self.token_ids.append(index)
+
+    def end(self, reason: StopReason, error: Exception | None) -> None:
+        """Record the end."""
+        self.ends.append((reason, error))
+
+
+def image(tiles: int, content: int = 0) -> TiledImage:
+    """An image of `tiles` tiles; images of equal content have equal hashes."""
+    return TiledImage(np.full((tiles, 2, 2, 3), content, dtype=np.uint8), tiles, 1, (2, 2))
+
+
+def engine_request(
+    text_tokens: int = 10,
+    *images: TiledImage,
+    sink: RecordingSink | None = None,
+    max_tokens: int = 8,
+    **settings: Any,
+) -> EngineRequest:
+    """A request whose images come before its text, with `LATENTS` vision tokens per tile."""
+    ids = (0,) * len(images) + tuple(range(100, 100 + text_tokens))
+    prompt = Prompt(ids, tuple((index, 1) for index in range(len(images))))
+    params = SamplingParams(max_new_tokens=max_tokens, **settings)
+    hashes = PromptHashes.from_prompt(prompt, images, ResamplerConfig(num_latents=LATENTS))
+    return EngineRequest(prompt, images, hashes, params, max_tokens, sink or RecordingSink())
