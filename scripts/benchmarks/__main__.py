@@ -48,8 +48,8 @@ from torch import nn
 import xgenmm
 from scripts.benchmarks import gpu as benchmark_gpu
 from scripts.benchmarks.figures import HEAD, Row
-from scripts.demo_model import world
-from scripts.demo_model.training import EVALUATION_SEED
+from scripts.demo_model import evaluation_set, fonts, scene, signs, wordings
+from scripts.demo_model.evaluation_set import EVALUATION_SEED
 from scripts.local_server import ROOT, LocalServer, predict, serving
 from xgenmm.config import DecoderConfig, ResamplerConfig, VisionConfig, XGenMMConfig
 from xgenmm.engine.answer import Answer
@@ -98,7 +98,7 @@ SHORT = ("count", "existence", "place")
 def http(options: Options) -> list[Row]:
     """16 clients of Cog's server against one, and one request with and without the engine."""
     conversations = _conversations(options.requests or ROUNDS * (4 + 2 * CLIENTS))
-    captions = len(world.WORDINGS["caption"])
+    captions = len(wordings.WORDINGS["caption"])
     with _cores(CORES):
         one, many = _served(conversations)
         mixed = [own[number % len(own)] for number, own in enumerate(conversations)]
@@ -121,7 +121,7 @@ def _conversations(count: int) -> list[list[Request]]:
     for group in _groups(2 * count + 8):  # not every scene allows all kinds of questions
         asked = {case.kind: case.question for case in group}
         if asked.keys() >= {"caption", *SHORT}:
-            questions = [*world.WORDINGS["caption"], *(asked[kind] for kind in SHORT)]
+            questions = [*wordings.WORDINGS["caption"], *(asked[kind] for kind in SHORT)]
             images = group[0].images
             found.append([Request(question, images) for question in questions])
     return found[:count]
@@ -445,7 +445,7 @@ def _good_request(rng: random.Random, shown: Sequence[Image.Image]) -> Request:
             {},
             {},
             {"timeout": rng.uniform(0, 0.2)},
-            {"choices": tuple(rng.sample(world.COMMON_WORDS, rng.randint(1, 8)))},
+            {"choices": tuple(rng.sample(signs.COMMON_WORDS, rng.randint(1, 8)))},
             {"json_schema": rng.choice(SCHEMAS), "sampling": sampling},
             {"messages": (Message("user", "one"), Message("assistant", "two"))},
         )
@@ -483,10 +483,10 @@ def _bad_requests(
 
 # choices: one of several, and JSON
 
-NAMES = tuple(f"{color} {kind}" for color in world.COLORS for kind in world.KINDS)
+NAMES = tuple(f"{color} {kind}" for color in scene.COLORS for kind in scene.KINDS)
 POSSIBLE: Mapping[str, Sequence[tuple[str, ...]]] = {
-    "color": (world.COLORS,),
-    "shape": (world.KINDS,),
+    "color": (scene.COLORS,),
+    "shape": (scene.KINDS,),
     "count": (tuple("01234"),),
     "existence": (("yes", "no"),),
     "place": ((*NAMES, "sign", "nothing"),),
@@ -507,12 +507,12 @@ def _object(**properties: object) -> dict[str, object]:
 SCHEMAS: tuple[dict[str, object], ...] = (
     _object(answer={"enum": [*NAMES, "sign", "nothing"]}),
     _object(count={"type": "integer", "minimum": 0, "maximum": 4}, certain={"type": "boolean"}),
-    _object(sign={"type": "string", "pattern": "^[A-Z]{3,5}$"}, shape={"enum": [*world.KINDS]}),
+    _object(sign={"type": "string", "pattern": "^[A-Z]{3,5}$"}, shape={"enum": [*scene.KINDS]}),
     _object(caption={"type": "string", "maxLength": 40}, share={"type": ["null", "boolean"]}),
-    {"type": "array", "items": {"enum": [*world.COLORS]}, "minItems": 1, "maxItems": 4},
-    {"anyOf": [{"const": "nothing"}, _object(kind={"enum": [*world.KINDS]})]},
+    {"type": "array", "items": {"enum": [*scene.COLORS]}, "minItems": 1, "maxItems": 4},
+    {"anyOf": [{"const": "nothing"}, _object(kind={"enum": [*scene.KINDS]})]},
     {
-        "$defs": {"shape": _object(color={"enum": [*world.COLORS]}, kind={"enum": [*world.KINDS]})},
+        "$defs": {"shape": _object(color={"enum": [*scene.COLORS]}, kind={"enum": [*scene.KINDS]})},
         "type": "array",
         "items": {"$ref": "#/$defs/shape"},
         "maxItems": 3,
@@ -526,7 +526,7 @@ def choices(options: Options) -> list[Row]:
     engine = xgenmm.load("demo", device="cpu", max_num_seqs=CLIENTS)
     right: dict[str, list[tuple[bool, bool]]] = {kind: [] for kind in POSSIBLE}
 
-    def ask(group: Sequence[world.Case]) -> list[tuple[str, bool, bool]]:
+    def ask(group: Sequence[evaluation_set.Case]) -> list[tuple[str, bool, bool]]:
         images, found = group[0].images, []
         for case in group:
             if case.kind in POSSIBLE:
@@ -614,7 +614,7 @@ def _round_to_int4(engine: Engine) -> None:
             module.weight.data = ((groups / scale).round() * scale).flatten(1)
 
 
-def _right(engine: Engine, group: Sequence[world.Case]) -> list[bool]:
+def _right(engine: Engine, group: Sequence[evaluation_set.Case]) -> list[bool]:
     images = group[0].images
     answers = [engine.stream(Request(case.question, images)) for case in group]
     return [
@@ -623,15 +623,15 @@ def _right(engine: Engine, group: Sequence[world.Case]) -> list[bool]:
     ]
 
 
-def _first_logits(engine: Engine, case: world.Case) -> torch.Tensor:
+def _first_logits(engine: Engine, case: evaluation_set.Case) -> torch.Tensor:
     """Logits [1, vocab] of the first token of an answer."""
     embeds = prompt_embeddings(engine, Request(case.question, case.images))
     return engine.model.prefill([embeds], engine.model.cache(1, embeds.shape[0]))
 
 
-def _groups(scenes: int) -> list[list[world.Case]]:
+def _groups(scenes: int) -> list[list[evaluation_set.Case]]:
     """The demo's evaluation set: the questions on each image or pair."""
-    cases = world.evaluation_set(EVALUATION_SEED, world.held_out_fonts(), scenes)
+    cases = evaluation_set.evaluation_set(EVALUATION_SEED, fonts.held_out_fonts(), scenes)
     return [list(group) for _, group in groupby(cases, key=lambda case: case.scenes)]
 
 

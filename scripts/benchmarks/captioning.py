@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 
 import xgenmm
-from scripts.demo_model import world
+from scripts.demo_model import drawing, fonts, sampling
 from scripts.local_server import data_url, predict, serving
 
 SEED = 7
@@ -74,9 +74,9 @@ def main() -> int:
 def draw(folder: Path, count: int) -> None:
     """Draw `count` scenes; equal counts give equal images."""
     folder.mkdir()
-    rng, fonts = random.Random(SEED), world.held_out_fonts()
+    rng, faces = random.Random(SEED), fonts.held_out_fonts()
     for number in range(count):
-        image = world.draw(world.sample_scene(rng, fonts, level=1.0))
+        image = drawing.draw(sampling.sample_scene(rng, faces, level=1.0))
         image.save(folder / f"{number:05}.png", compress_level=1)
 
 
