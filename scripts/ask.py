@@ -1,7 +1,9 @@
 """Ask a question about an image through Cog's HTTP server: what `make predict` runs.
 
-Starts the server, sends the image as a data URL, shows the answer as it streams, and stops the
-server again. Left without arguments it asks the demo checkpoint about an image shipped with it.
+    python -m scripts.ask --image cat.jpg --question "What is the cat doing?" --model demo
+
+Starts the server, sends the image, prints the answer while it is generated, and stops the server.
+Without arguments it asks the demo checkpoint about one of its example images.
 """
 
 import argparse
@@ -13,17 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+from httpx_sse import connect_sse
 
-from scripts.local_server import ROOT, ServerError, data_url, events, serving
+from scripts.local_server import ROOT, ServerError, data_url, serving
 
 EXAMPLES = ROOT / "weights" / "demo" / "examples"
 LOAD_SECONDS = 600.0
-PATIENCE = 2.0
-"""Seconds of silence after which a line says what is going on, and then between such lines."""
+PROGRESS_SECONDS = 2.0  # between lines that say what the program is waiting for
 
 
 def main() -> int:
-    """Run the program; return its exit status."""
+    """Run the program; returns its exit status."""
     arguments = _arguments()
     image, question = arguments.image, arguments.question
     if image is None:
@@ -33,51 +35,36 @@ def main() -> int:
         return 1
     with serving({"XGENMM_MODEL": arguments.model}) as server:
         try:
-            loaded = server.wait_ready(LOAD_SECONDS, _ticker(f"loading {arguments.model}"))
+            loaded = server.wait_ready(LOAD_SECONDS, _progress(f"loading {arguments.model}"))
         except ServerError as failure:
             print(failure, file=sys.stderr)
             return 1
-        return _ask(server.url, image, question, f"{arguments.model} (loaded in {loaded:.1f} s)")
+        return ask(server.url, image, question, f"{arguments.model} (loaded in {loaded:.1f} s)")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts.ask", description=__doc__)
-    parser.add_argument("--image", type=_file, help="the image; default: one that is shipped")
-    parser.add_argument("--question", default="", help="default: describe the image")
-    parser.add_argument("--model", default="demo", help="a released name, demo, or a folder")
-    arguments = parser.parse_args()
-    arguments.model = arguments.model or "demo"
-    return arguments
+def ask(url: str, image: Path, question: str, model: str) -> int:
+    """Print the answer of the server at `url` as it streams; returns an exit status.
 
-
-def _file(text: str) -> Path | None:
-    return Path(text) if text else None
-
-
-def _example(question: str) -> tuple[Path, str]:
-    """Return the first shipped image, and its own question unless another one is asked."""
-    example = json.loads((EXAMPLES / "questions.json").read_text())[0]
-    return EXAMPLES / example["images"][0], question or example["question"]
-
-
-def _ask(url: str, image: Path, question: str, model: str) -> int:
+    model: its description, which is only printed.
+    """
     print(f"model     {model}")
-    print(f"image   {os.path.relpath(image)}")
-    print(f"question  {question or '(none: describe it)'}")
+    print(f"image     {os.path.relpath(image)}")
+    print(f"question  {question or '(none: describe the image)'}")
     print("answer    ", end="", flush=True)
     started = time.monotonic()
-    with httpx.stream(
-        "POST",
-        f"{url}/predictions",
-        headers={"Accept": "text/event-stream"},
-        json={"input": {"image": data_url(image), "question": question}},
-        timeout=None,
-    ) as response:
-        for name, data in events(response):
-            if name == "output":
-                print(data["chunk"], end="", flush=True)
-            elif name == "completed":
-                completed = data
+    body = {"input": {"image": data_url(image), "question": question}}
+    with (
+        httpx.Client(timeout=None) as client,
+        connect_sse(client, "POST", f"{url}/predictions", json=body) as source,
+    ):
+        if source.response.is_error:
+            print(f"\n{source.response.read().decode()}", file=sys.stderr)
+            return 1
+        for event in source.iter_sse():
+            if event.event == "output":
+                print(event.json()["chunk"], end="", flush=True)
+            elif event.event == "completed":
+                completed = event.json()
     seconds = time.monotonic() - started
     print()
     if completed["status"] != "succeeded":
@@ -87,17 +74,44 @@ def _ask(url: str, image: Path, question: str, model: str) -> int:
     return 0
 
 
-def _ticker(task: str) -> Callable[[float], None]:
-    """Return a function of the seconds passed that writes a line every `PATIENCE` of them."""
-    shown = 0.0
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.ask",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # `make predict` passes an empty string for what was not given.
+    parser.add_argument("--image", type=_path, help="image file (default: one of the examples)")
+    parser.add_argument("--question", default="", help="default: describe the image")
+    parser.add_argument(
+        "--model", default="demo", help="a released name, demo (the default), or a folder"
+    )
+    arguments = parser.parse_args()
+    arguments.model = arguments.model or "demo"
+    return arguments
 
-    def tick(seconds: float) -> None:
-        nonlocal shown
-        if seconds - shown >= PATIENCE:
-            shown = seconds
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _example(question: str) -> tuple[Path, str]:
+    """The first example image, with its own question unless another one is given."""
+    example = json.loads((EXAMPLES / "questions.json").read_text())[0]
+    return EXAMPLES / example["images"][0], question or example["question"]
+
+
+def _progress(task: str) -> Callable[[float], None]:
+    """A function of the seconds so far that prints a line every `PROGRESS_SECONDS`."""
+    printed = 0.0
+
+    def progress(seconds: float) -> None:
+        nonlocal printed
+        if seconds - printed >= PROGRESS_SECONDS:
+            printed = seconds
             print(f"{task}: {seconds:.0f} s", file=sys.stderr)
 
-    return tick
+    return progress
 
 
 if __name__ == "__main__":

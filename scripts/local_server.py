@@ -1,13 +1,7 @@
-"""Cog's own HTTP server as a process on this machine, for programs that talk to it.
-
-`serving` starts `scripts/serve` on a free port and stops it at the end; the server can be asked
-once `wait_ready` returns. `events` reads an answer that streams, and `data_url` turns a file into
-what an input for an image takes.
-"""
+"""Cog's HTTP server as a process on this machine, for the programs in scripts/."""
 
 import base64
 import contextlib
-import json
 import mimetypes
 import os
 import signal
@@ -19,37 +13,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
-
-STOP_SECONDS = 10.0
-"""How long the server may take to leave by itself."""
+STOP_SECONDS = 10.0  # until a server that does not stop is killed
 
 
 class ServerError(RuntimeError):
-    """The server did not come up; the message is what it logged."""
-
-
-class Event(NamedTuple):
-    """One server-sent event: `start`, `output`, `metric`, `log` or, at the end, `completed`."""
-
-    name: str
-    data: dict[str, Any]
+    """The server did not start; the message is its log."""
 
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A server that was started; `url` has no slash at its end."""
+    """A running server; `url` has no trailing slash."""
 
     url: str
     process: subprocess.Popen[bytes]
     log_file: Path
 
     def health(self) -> dict[str, Any]:
-        """What `GET /health-check` says; `{"status": "STARTING"}` while nothing listens yet."""
+        """The answer to `GET /health-check`; `{"status": "STARTING"}` before anything listens."""
         try:
             answer: dict[str, Any] = httpx.get(f"{self.url}/health-check", timeout=10).json()
         except httpx.TransportError:
@@ -57,12 +42,16 @@ class LocalServer:
         return answer
 
     def wait_ready(
-        self, timeout: float, waiting: Callable[[float], None] = lambda seconds: None
+        self, timeout: float, progress: Callable[[float], None] = lambda seconds: None
     ) -> float:
-        """Return after how many seconds the model was loaded.
+        """Wait until the model is loaded; returns the seconds that took.
 
-        waiting: called several times a second with the seconds so far, to show progress.
-        Raises `ServerError` when loading fails or takes longer than `timeout` seconds.
+        Args:
+            timeout: in seconds.
+            progress: called several times a second with the seconds so far.
+
+        Raises:
+            ServerError: loading failed or timed out.
         """
         started = time.monotonic()
         while True:
@@ -73,32 +62,27 @@ class LocalServer:
             if health["status"] == "SETUP_FAILED":
                 raise ServerError(health["setup"]["logs"])
             if self.process.poll() is not None or seconds > timeout:
-                raise ServerError(self.log())
-            waiting(seconds)
+                raise ServerError(self.log_file.read_text(errors="replace"))
+            progress(seconds)
             time.sleep(0.1)
-
-    def log(self) -> str:
-        """All that the server and its worker have written so far."""
-        return self.log_file.read_text(errors="replace")
 
 
 @contextlib.contextmanager
-def serving(environment: Mapping[str, str], root: Path = ROOT) -> Iterator[LocalServer]:
-    """Start a server and stop it at the end: `with serving({"XGENMM_MODEL": "demo"}) as server`.
+def serving(environment: Mapping[str, str]) -> Iterator[LocalServer]:
+    """Run a server for the duration of a `with` block; it needs `wait_ready` before requests.
 
-    environment: variables for the server on top of this process's own.
-    root: the copy of the repository to serve.
+    environment: variables for the server in addition to those of this process.
     """
     port = free_port()
     interpreter = Path(sys.executable).parent
     inherited = {**os.environ, "PATH": f"{interpreter}{os.pathsep}{os.environ.get('PATH', '')}"}
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
-            [root / "scripts" / "serve"],
+            [ROOT / "scripts" / "serve"],
             env={**inherited, **environment, "PORT": str(port)},
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # it and its worker are one group, which stops as one
+            start_new_session=True,  # one process group, to kill the server with its worker
         )
         try:
             yield LocalServer(f"http://127.0.0.1:{port}", process, Path(log.name))
@@ -111,26 +95,16 @@ def serving(environment: Mapping[str, str], root: Path = ROOT) -> Iterator[Local
             process.wait()
 
 
-def events(response: httpx.Response) -> Iterator[Event]:
-    """Yield the events of a response to `Accept: text/event-stream`, each as it arrives."""
-    name = ""
-    for line in response.iter_lines():
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield Event(name, json.loads(value))
-
-
 def predict(client: httpx.Client, body: bytes) -> dict[str, Any]:
-    """A prediction that is waited for, from the bytes of its JSON.
+    """Post a JSON request and wait for the finished prediction.
 
-    Raises RuntimeError for one that does not succeed.
+    Raises:
+        RuntimeError: the prediction did not succeed.
     """
     headers = {"Content-Type": "application/json"}
     response = client.post("/predictions", content=body, headers=headers)
     while response.status_code == httpx.codes.CONFLICT:
-        # Cog sends an answer a moment before its place is free again.
+        # Cog frees the slot of a prediction a moment after it has sent the answer.
         time.sleep(0.001)
         response = client.post("/predictions", content=body, headers=headers)
     prediction: dict[str, Any] = response.json()
@@ -140,13 +114,13 @@ def predict(client: httpx.Client, body: bytes) -> dict[str, Any]:
 
 
 def data_url(file: Path) -> str:
-    """Return a file's bytes as a data URL."""
+    """The content of a file as a data URL."""
     kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens."""
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

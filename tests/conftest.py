@@ -1,4 +1,4 @@
-"""What several test modules share: Cog's server with a checkpoint, and a server of files."""
+"""Fixtures of several test modules: Cog's server with the demo checkpoint, and a file server."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.local_server import LocalServer, serving
+from tests.support.server import LocalServer, serving
 
 LOAD_SECONDS = 120.0
 
@@ -23,7 +23,7 @@ def server() -> Iterator[LocalServer]:
 
 @pytest.fixture
 def file_server(tmp_path: Path) -> Iterator[str]:
-    """The address of an HTTP server for the files of `tmp_path`."""
+    """The URL of an HTTP server for the files in `tmp_path`."""
     handler = partial(QuietHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as started:
         thread = threading.Thread(target=started.serve_forever)
@@ -34,7 +34,7 @@ def file_server(tmp_path: Path) -> Iterator[str]:
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves files without a line on the screen for each."""
+    """Serves files without logging each request."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""

@@ -1,0 +1,147 @@
+"""Cog's server while predictions run: cancelled, abandoned, joined, and when it is full or stops.
+
+The checkpoint never ends an answer by itself, so a prediction runs until something ends it.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.server.client import DEMO, METRICS, SECONDS, ask, cancel, streamed, until_output
+from tests.support.server import Event, LocalServer, serving
+
+ENDLESS: dict[str, Any] = {"question": "Talk.", "max_new_tokens": 2048}
+MAX_CONCURRENCY = 4
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint, changed so that it never generates an end token."""
+    folder = tmp_path_factory.mktemp("endless")
+    for file in DEMO.glob("*.*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    parameters = load_file(folder / "model.safetensors")
+    for token in json.loads((folder / "added_tokens.json").read_text()).values():
+        if token < len(parameters["vlm.lang_model.lm_head.bias"]):
+            parameters["vlm.lang_model.lm_head.bias"][token] = -1e4
+    save_file(parameters, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endless_server(endless: Path) -> Iterator[LocalServer]:
+    """Cog's server with the endless checkpoint and few slots."""
+    environment = {"XGENMM_MODEL": str(endless), "COG_MAX_CONCURRENCY": str(MAX_CONCURRENCY)}
+    with serving(environment) as started:
+        started.wait_ready(SECONDS)
+        yield started
+
+
+@contextlib.contextmanager
+def running(server: LocalServer, *prediction_ids: str) -> Iterator[dict[str, Iterator[Event]]]:
+    """Start endless predictions and wait for the first output of each.
+
+    All must still run at the end of the block, except those that the test has removed from the
+    dictionary.
+    """
+    with contextlib.ExitStack() as responses:
+        streams = {
+            name: until_output(responses.enter_context(streamed(server, name, **ENDLESS)))
+            for name in prediction_ids
+        }
+        yield streams
+        for name, rest in streams.items():
+            assert cancel(server, name, rest)["status"] == "canceled"
+
+
+def wait_refused(server: LocalServer) -> None:
+    """Wait until the server accepts no connections."""
+    deadline = time.monotonic() + SECONDS
+    with contextlib.suppress(httpx.ConnectError):
+        while time.monotonic() < deadline:
+            httpx.get(server.url)
+        raise AssertionError("the server still takes requests")
+
+
+def test_stream_starts_before_the_answer_is_complete(endless_server: LocalServer) -> None:
+    with streamed(endless_server, "running", **ENDLESS) as response:
+        rest = until_output(response)
+        last = cancel(endless_server, "running", rest)
+    assert last["status"] == "canceled"
+    assert last["metrics"]["stop_reason"] == "cancelled"
+    assert last["metrics"]["output_tokens"] < ENDLESS["max_new_tokens"]
+    assert last["metrics"].keys() >= METRICS
+
+
+def test_full_server_refuses_one_more_and_streams_to_all(endless_server: LocalServer) -> None:
+    names = [f"full-{number}" for number in range(MAX_CONCURRENCY)]
+    with running(endless_server, *names) as streams:
+        assert endless_server.health()["status"] == "BUSY"
+        refused = httpx.post(f"{endless_server.url}/predictions", json={"input": ENDLESS})
+        assert refused.status_code == 409
+        name, rest = streams.popitem()
+        assert cancel(endless_server, name, rest)["metrics"]["batch_size"] == MAX_CONCURRENCY
+
+
+def test_cancel_of_one_among_many_frees_its_slot(endless_server: LocalServer) -> None:
+    names = [f"among-{number}" for number in range(MAX_CONCURRENCY)]
+    with running(endless_server, *names) as streams:
+        last = cancel(endless_server, names[1], streams.pop(names[1]))
+        assert last["status"] == "canceled"
+        assert ask(endless_server, question="Talk.", max_new_tokens=3)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
+def test_client_that_disconnects_frees_its_slot(endless_server: LocalServer, accept: str) -> None:
+    names = [f"staying-{number}" for number in range(MAX_CONCURRENCY - 1)]
+    with running(endless_server, *names):
+        url = httpx.URL(endless_server.url)
+        leaving = HTTPConnection(url.host, url.port)
+        leaving.request(
+            "POST",
+            "/predictions",
+            json.dumps({"input": ENDLESS}),
+            {"Content-Type": "application/json", "Accept": accept},
+        )
+        deadline = time.monotonic() + SECONDS
+        while endless_server.health()["status"] != "BUSY":
+            assert time.monotonic() < deadline, "the request has not arrived"
+        leaving.close()
+        assert ask(endless_server, question="Talk.", max_new_tokens=3)["status"] == "succeeded"
+
+
+def test_cancel_of_an_unknown_prediction(server: LocalServer) -> None:
+    assert httpx.post(f"{server.url}/predictions/nobody/cancel").status_code == 404
+
+
+def test_put_again_joins_the_running_prediction(endless_server: LocalServer) -> None:
+    with running(endless_server, "joined"):
+        url = f"{endless_server.url}/predictions/joined"
+        again = httpx.put(url, json={"input": ENDLESS})
+        assert again.status_code == 202
+        assert (again.json()["id"], again.json()["status"]) == ("joined", "processing")
+
+
+def test_sigterm_lets_running_predictions_finish_and_refuses_new_ones(endless: Path) -> None:
+    tokens = 1000
+    with serving({"XGENMM_MODEL": str(endless)}) as stopping:
+        stopping.wait_ready(SECONDS)
+        with streamed(stopping, "last", question="Talk.", max_new_tokens=tokens) as response:
+            rest = until_output(response)
+            stopping.process.terminate()
+            wait_refused(stopping)
+            last = list(rest)[-1].data
+        assert last["status"] == "succeeded"
+        assert last["metrics"]["output_tokens"] == tokens
+        assert stopping.process.wait(SECONDS) == 0
+        with pytest.raises(ProcessLookupError):
+            os.killpg(stopping.process.pid, 0)
