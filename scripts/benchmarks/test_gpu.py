@@ -1,4 +1,4 @@
-"""The parts of the benchmark that compare models run to their end; tiny figures mean nothing."""
+"""The parts that compare models run to their end; the figures of tiny models mean nothing."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from scripts.benchmarks.__main__ import main
 
 
 def figures(part: str, folder: Path) -> dict[tuple[str, str], float]:
+    """The values of a part by (part, measured)."""
     file = folder / "figures.json"
     main([part, "--tiny", "--json", str(file)])
     return {
@@ -17,7 +18,7 @@ def figures(part: str, folder: Path) -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.timeout(300)
-def test_every_part_of_the_gpu_benchmark_runs(tmp_path: Path) -> None:
+def test_gpu_part_runs_everything(tmp_path: Path) -> None:
     found = figures("gpu", tmp_path)
     assert {part for part, _ in found} >= {
         "ceilings",
@@ -35,6 +36,6 @@ def test_every_part_of_the_gpu_benchmark_runs(tmp_path: Path) -> None:
     assert found["correctness", "logits against float32, relative"] < 1e-5
 
 
-def test_the_comparison_on_a_cpu_runs(tmp_path: Path) -> None:
+def test_cpu_part_compares_prefill_and_decode(tmp_path: Path) -> None:
     found = figures("cpu", tmp_path)
     assert {"prefill, times as fast", "decode, times as fast"} <= {name for _, name in found}

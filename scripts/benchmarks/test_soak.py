@@ -1,17 +1,20 @@
-"""Random requests, good and bad, read, cancelled and left: nothing leaks, nothing is lost."""
+"""Random requests, valid and invalid, read, cancelled and left."""
 
 from pathlib import Path
 
+import torch
+
 import xgenmm
-from scripts.benchmarks.__main__ import run_soak
-from tests.support import tiny
+from scripts.benchmarks.random_data import TINY_CONFIG, write_checkpoint
+from scripts.benchmarks.soak import run_soak
 
 
-def test_soak(tmp_path: Path) -> None:
-    engine = xgenmm.load(tiny.checkpoint(tmp_path), max_num_seqs=4, cache_bytes=2 << 20)
-    done = run_soak(engine, 150, seed=1)
-    assert done.unexpected == []
-    assert done.outcomes.total() == 150
-    assert done.outcomes.keys() >= {"refused", "end", "length", "cancelled"}
-    assert done.leaked == 0
-    assert done.growth < 1.05
+def test_soak_loses_and_leaks_nothing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, TINY_CONFIG, torch.device("cpu"), torch.float32)
+    engine = xgenmm.load(tmp_path, max_num_seqs=4, cache_bytes=2 << 20)
+    result = run_soak(engine, 150, seed=1)
+    assert result.unexpected == []
+    assert result.outcomes.total() == 150
+    assert result.outcomes.keys() >= {"refused", "end", "length", "cancelled"}
+    assert result.leaked == 0
+    assert result.growth < 1.05

@@ -1,13 +1,34 @@
-"""A figure that was measured, what it should be, and both as a line of a Markdown table."""
+"""What a part measures, as rows of a Markdown table, and the machine it was measured on."""
 
+import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
 
 HEAD = "| part | measured | figure | goal | met |\n|---|---|---|---|---|"
 
 
 @dataclass(frozen=True)
+class Options:
+    """What parts read of the program's options, which `--help` describes."""
+
+    requests: int | None = None
+    scenes: int = 500
+    golden: Path | None = None
+    tiny: bool = False
+    images: int = 2000
+    single: int = 400
+    model: str = "demo"
+    actors: int = 2
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
 class Row:
-    """One figure, and what it should be."""
+    """One figure, and its goal if it has one."""
 
     part: str
     measured: str
@@ -18,7 +39,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None if there is none."""
+        """Whether the goal is met; None without a goal."""
         if self.at_least is None and self.at_most is None:
             return None
         low = -float("inf") if self.at_least is None else self.at_least
@@ -39,3 +60,16 @@ class Row:
 def _figure(value: float, unit: str) -> str:
     digits = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
     return f"{digits} {unit}".strip()
+
+
+def machine() -> str:
+    """The devices and versions that a figure depends on, in one line."""
+    cpu = next(
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    cores = len(os.sched_getaffinity(0))
+    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device}{cpu}, {cores} cores, Python {platform.python_version()}, {versions}"

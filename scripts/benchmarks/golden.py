@@ -1,0 +1,48 @@
+"""The part `golden`: golden cases through the engine, all at once, beside other requests."""
+
+import logging
+from pathlib import Path
+
+from scripts.benchmarks.report import Options, Row
+from xgenmm.errors import InputError
+from xgenmm.evaluation.engine_parity import check_engine
+
+logger = logging.getLogger(__name__)
+
+
+def golden(options: Options) -> list[Row]:
+    """Compare token ids with those of the original implementation.
+
+    Requests with other settings run beside the golden cases; theirs are compared with their ids
+    when run alone.
+    """
+    compared = [
+        result for folder in golden_folders(options.golden) for result in check_engine(folder, 0)
+    ]
+    for result in compared:
+        if result.found != result.expected:
+            logger.warning("%s: %s instead of %s", result.name, result.found, result.expected)
+    rows = []
+    for is_golden, what in ((True, "golden ids as the original's"), (False, "others as alone")):
+        equal = [r.found == r.expected for r in compared if r.golden is is_golden]
+        share = 100 * sum(equal) / len(equal)
+        rows.append(Row("golden", f"{what}: {sum(equal)} of {len(equal)}", share, "%", 100))
+    return rows
+
+
+def golden_folders(folder: Path | None) -> list[Path]:
+    """The golden folders in `folder` that contain a model.
+
+    Raises:
+        InputError: there is none, or `folder` is None.
+    """
+    if folder is None:
+        raise InputError(
+            "golden",
+            "give --golden FOLDER, a folder of golden folders, each with cases.json and "
+            "model.safetensors",
+        )
+    found = sorted(file.parent for file in folder.glob("*/model.safetensors"))
+    if not found:
+        raise InputError("golden", f"{folder} has no folder with a model.safetensors in it")
+    return found
