@@ -38,7 +38,7 @@ from scripts.benchmarks.image import image
 from scripts.benchmarks.quantised import quantised
 from scripts.benchmarks.report import HEAD, Options, Row, machine
 from scripts.benchmarks.soak import soak
-from xgenmm.errors import InputError
+from xgenmm import InputError
 
 PARTS: Mapping[str, Callable[[Options], list[Row]]] = {
     "http": http,

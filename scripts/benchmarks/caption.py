@@ -29,7 +29,7 @@ from scripts.local_server import data_url, predict, serving
 SEED = 7
 QUESTION = "Describe the image."
 LOAD_SECONDS = 120.0
-PROGRAM = [sys.executable, "-m", "xgenmm.captioning.program"]
+PROGRAM = [sys.executable, "-m", "xgenmm", "caption"]
 
 
 def caption(options: Options) -> list[Row]:

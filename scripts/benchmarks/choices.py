@@ -13,8 +13,7 @@ from scripts.benchmarks.report import Options, Row
 from scripts.benchmarks.schemas import SCHEMAS, SHAPE_NAMES
 from scripts.demo_model.evaluation_set import Case, evaluation_groups
 from scripts.demo_model.scene import COLORS, KINDS
-from xgenmm.engine.engine import Engine, Request
-from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm import Engine, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 

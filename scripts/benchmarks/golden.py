@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from scripts.benchmarks.report import Options, Row
-from xgenmm.errors import InputError
+from xgenmm import InputError
 from xgenmm.evaluation.engine_parity import check_engine
 
 logger = logging.getLogger(__name__)

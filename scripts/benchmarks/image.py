@@ -8,9 +8,8 @@ from PIL import Image
 
 from scripts.benchmarks.random_data import DEMO, noise_image
 from scripts.benchmarks.report import Options, Row
+from xgenmm import Engine, Request, SamplingParams
 from xgenmm.config import DecoderConfig, ResamplerConfig, VisionConfig, XGenMMConfig
-from xgenmm.engine.engine import Engine, Request
-from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ from torch import nn
 import xgenmm
 from scripts.benchmarks.report import Options, Row
 from scripts.demo_model.evaluation_set import Case, evaluation_groups
-from xgenmm.engine.engine import Engine, Request
+from xgenmm import Engine, Request
 from xgenmm.engine.reference import prompt_embeddings
 from xgenmm.models.quantization import QUANTIZATIONS, drift
 

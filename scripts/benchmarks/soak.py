@@ -12,7 +12,7 @@ import xgenmm
 from scripts.benchmarks.random_data import noise_image
 from scripts.benchmarks.report import Options, Row
 from scripts.benchmarks.soak_clients import REFUSED, random_client
-from xgenmm.engine.engine import Engine
+from xgenmm import Engine
 
 logger = logging.getLogger(__name__)
 

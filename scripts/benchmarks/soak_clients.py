@@ -13,11 +13,16 @@ from PIL import Image
 
 from scripts.benchmarks.schemas import SCHEMAS
 from scripts.demo_model.signs import COMMON_WORDS
-from xgenmm.engine.engine import Answer, Engine, Request
-from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.errors import EngineError, InputError
-from xgenmm.preprocessing.images import read_image
-from xgenmm.preprocessing.prompts import Message
+from xgenmm import (
+    Answer,
+    Engine,
+    EngineError,
+    InputError,
+    Message,
+    Request,
+    SamplingParams,
+    read_image,
+)
 
 REFUSED = "refused"
 COMPLETE = frozenset({"end", "stop", "length"})

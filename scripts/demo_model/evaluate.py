@@ -10,8 +10,8 @@ import xgenmm
 from scripts.demo_model.checkpoint import TILE
 from scripts.demo_model.evaluation_set import Case, evaluation_groups
 from scripts.demo_model.wordings import QUESTION_KINDS
+from xgenmm import SamplingParams
 from xgenmm.engine.reference import generate
-from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.preprocessing.tiling import tile_image
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from scripts.demo_model.questions import sample_questions
 from scripts.demo_model.sampling import sample_scene
 from scripts.demo_model.scene import Scene
 from scripts.demo_model.stages import LOSS_WEIGHTS, STAGES
+from xgenmm import SamplingParams
 from xgenmm.engine.reference import generate
-from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.xgenmm import XGenMM
 
 FONTS = held_out_fonts()

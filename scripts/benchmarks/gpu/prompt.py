@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.benchmarks.gpu.device import Device, Size
 from scripts.benchmarks.random_data import photo_jpeg
 from scripts.benchmarks.report import Row
+from xgenmm import read_image
 from xgenmm.config import TilingConfig
 from xgenmm.kernels.cuda_graphs import build_decode_step
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import tile_image
 
