@@ -78,8 +78,5 @@ def run_soak(engine: Engine, requests: int, seed: int) -> SoakResult:
 
 
 def _leaked(engine: Engine) -> int:
-    # To become: engine.status(), running + waiting + engine.max_num_seqs - free_slots.
-    return sum(
-        scheduler.busy + len(set(range(scheduler.slots)) - set(scheduler._free))
-        for scheduler in engine._pool.schedulers
-    )
+    status = engine.status()
+    return status.running + status.waiting + engine.max_num_seqs - status.free_slots
