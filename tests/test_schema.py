@@ -114,5 +114,5 @@ def pins() -> dict[str, str]:
 
 
 def test_requirements_are_exact_and_complete() -> None:
-    needed = {"cog", "torch", "transformers", "open_clip_torch", "einops", "einops-exts"}
-    assert needed | {"pillow", "huggingface_hub"} <= pins().keys()
+    needed = {"cog", "torch", "transformers", "open-clip-torch", "einops", "einops-exts"}
+    assert needed | {"pillow", "huggingface-hub"} <= pins().keys()
