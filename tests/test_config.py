@@ -27,16 +27,16 @@ V1 = "xgen-mm-phi3-mini-instruct-r-v1"
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_a_released_folder_gets_its_record(name: str) -> None:
+def test_released_folder_gets_its_configuration(name: str) -> None:
     grids = [list(grid) for grid in RELEASES[name].tiling.grids] or None
     assert from_json(RELEASED, {"grids": grids}, name) == RELEASES[name]
 
 
-def test_every_record_has_a_configuration() -> None:
+def test_every_release_has_a_configuration() -> None:
     assert set(releases()) == {*RELEASES, "demo"}
 
 
-def test_a_folder_of_another_name_is_told_by_its_files() -> None:
+def test_folder_of_unknown_name_is_recognized_by_its_files() -> None:
     v1 = RELEASED | {"architectures": ["Blip3ModelForConditionalGeneration"]}
     assert from_json(RELEASED, {"grids": GRIDS}) == RELEASES[INTERLEAVE]
     assert from_json(RELEASED, {"grids": None}) == RELEASES[BASE]
@@ -46,7 +46,7 @@ def test_a_folder_of_another_name_is_told_by_its_files() -> None:
         from_json({"model_type": "llama"}, {})
 
 
-def test_stated_sizes_win() -> None:
+def test_stated_sizes_take_precedence() -> None:
     stated = RELEASED | {"text_config": {"num_hidden_layers": 2, "initial_tokenizer_len": 500}}
     config = from_json(stated, {"grids": [[42, 84]], "image_mean": [0, 0, 0]})
     assert config.decoder.num_layers == 2
@@ -56,7 +56,7 @@ def test_stated_sizes_win() -> None:
 
 
 @pytest.mark.parametrize("folder", [BASE, f"{BASE}-bf16", "blip3-phi3-mini-instruct-r-v1"])
-def test_the_folder_name_says_which_release(tmp_path: Path, folder: str) -> None:
+def test_folder_name_selects_the_release(tmp_path: Path, folder: str) -> None:
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "config.json").write_text(json.dumps(RELEASED))
     (tmp_path / folder / "preprocessor_config.json").write_text("{}")
@@ -64,18 +64,18 @@ def test_the_folder_name_says_which_release(tmp_path: Path, folder: str) -> None
     assert read_config(tmp_path / folder) == expected
 
 
-def test_a_folder_without_or_with_a_broken_configuration(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"lacks config\.json"):
+def test_missing_or_broken_configuration(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"it has no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="holds list, not an object"):
+    with pytest.raises(CheckpointError, match="must contain a JSON object, not list"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
         read_config(tmp_path)
 
 
-def test_demo_says_what_it_is() -> None:
+def test_demo_is_marked_as_a_demonstration() -> None:
     config = read_config(Path(__file__).resolve().parent.parent / "weights" / "demo")
     assert config.demo
     assert config.text == RELEASES[INTERLEAVE].text

@@ -1,4 +1,4 @@
-"""Reading and writing small files so that nothing is lost or left half-written.
+"""Reading and writing small files without losing them or leaving them half-written.
 
 Shared by checkpoints, the tokenizer and datasets. Needs nothing but the standard library.
 """
@@ -15,8 +15,8 @@ from typing import IO, Any
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
-    Raises OSError if the file cannot be read (FileNotFoundError if there is none), and ValueError,
-    naming the file, if it does not contain a JSON object.
+    Raises OSError if the file cannot be read (FileNotFoundError if it does not exist), and
+    ValueError, naming the file, if it does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -37,8 +37,8 @@ def write_json(path: Path, content: object) -> None:
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces `path` when the block ends without an error.
 
-    After a crash at any moment `path` is the old file or the new one, never a part of either. The
-    temporary file is `_NAME.partial` beside it, which readers of Parquet folders ignore.
+    After a crash at any moment `path` holds the old content or the new one, never a part of either.
+    The temporary file is `_NAME.partial` beside it, which readers of Parquet folders ignore.
     """
     partial = path.with_name(f"_{path.name}.partial")
     with partial.open("wb") as file:
@@ -46,11 +46,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)  # so that the new name survives a power failure too
+
+
+def sync(path: Path) -> None:
+    """Write what the system still holds in memory of a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # so that the new name survives a power failure too
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 @contextmanager

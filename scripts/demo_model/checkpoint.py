@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.demo_model.wordings import vocabulary
-from xgenmm.checkpoints.download import write_manifest
+from xgenmm.checkpoints.manifest import write_manifest
 from xgenmm.config import DecoderConfig, ResamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.prompts import DEFAULT_SYSTEM_PROMPT

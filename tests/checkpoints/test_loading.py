@@ -1,4 +1,4 @@
-"""Names become folders without a network; folders become parameters, whole or not at all."""
+"""Parameters are loaded from a folder completely or not at all."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from xgenmm.errors import CheckpointError
 
 
 class Model(nn.Module):
-    """Parameters, a scalar, a persistent integer buffer, and a buffer that no file holds."""
+    """Parameters, a scalar, a persistent integer buffer, and one that is not persistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def write_shards(folder: Path, state: dict[str, torch.Tensor], count: int, index
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_every_layout_and_type_is_read_and_cast(
+def test_every_layout_and_dtype_is_read_and_cast(
     tmp_path: Path, wanted: torch.dtype, stored: torch.dtype, count: int, index: bool
 ) -> None:
     state = random_state()
@@ -73,9 +73,7 @@ def test_every_layout_and_type_is_read_and_cast(
     assert isinstance(model.linear.weight, nn.Parameter)
 
 
-def test_a_tensor_larger_than_the_buffer_arrives_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensor_larger_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "BUFFER_BYTES", 64)
     state = {"weight": torch.randn(7, 11), "bias": torch.randn(7)}
     save_file(state, tmp_path / "model.safetensors")
@@ -86,7 +84,7 @@ def test_a_tensor_larger_than_the_buffer_arrives_whole(
     assert torch.equal(model.bias, state["bias"])
 
 
-def test_a_buffer_that_is_not_stored_stays_as_it_is(tmp_path: Path) -> None:
+def test_non_persistent_buffer_is_unchanged(tmp_path: Path) -> None:
     write_shards(tmp_path, random_state(), 1, index=False)
     model = Model()
     load_parameters(model, tmp_path, device="cpu", dtype=torch.float32)
@@ -102,7 +100,7 @@ def test_loaded_parameters_do_not_depend_on_the_file(tmp_path: Path) -> None:
     assert torch.equal(model.linear.weight, state["linear.weight"])
 
 
-def test_one_error_names_everything_that_does_not_fit(tmp_path: Path) -> None:
+def test_one_error_names_every_mismatch(tmp_path: Path) -> None:
     save_file(
         {
             "linear.weight": torch.zeros(3, 5),
@@ -126,22 +124,22 @@ def test_one_error_names_everything_that_does_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 60, -1])
-def test_a_cut_file_is_named(tmp_path: Path, keep: int) -> None:
+def test_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
     write_shards(tmp_path, random_state(), 2, index=True)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is cut or"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is truncated or"):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_named(tmp_path: Path) -> None:
     write_shards(tmp_path, random_state(), 3, index=True)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00003\.safetensors"):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_an_index_that_disagrees_is_refused(tmp_path: Path) -> None:
+def test_index_that_contradicts_the_files_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, random_state(), 2, index=True)
     index = json.loads((tmp_path / checkpoint.INDEX).read_text())
     index["weight_map"]["scale"] = index["weight_map"]["linear.weight"]
@@ -160,22 +158,22 @@ def test_an_index_that_disagrees_is_refused(tmp_path: Path) -> None:
         ('{"weight_map": {"scale": "model.bin"}}', "only .* beside it are read"),
     ],
 )
-def test_a_bad_index_is_refused(tmp_path: Path, index: str, message: str) -> None:
+def test_bad_index_is_refused(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / checkpoint.INDEX).write_text(index)
     with pytest.raises(CheckpointError, match=message):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+def test_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     for file in ("a.safetensors", "b.safetensors"):
         save_file(random_state(), tmp_path / file)
     with pytest.raises(CheckpointError, match=r"b\.safetensors: .* is also in a\.safetensors"):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_numbers_of_a_strange_type_are_refused(tmp_path: Path) -> None:
+def test_unsupported_dtype_is_refused(tmp_path: Path) -> None:
     save_file({"scale": torch.zeros((), dtype=torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"m\.safetensors holds numbers of type F8_E4M3"):
+    with pytest.raises(CheckpointError, match=r"m\.safetensors has tensors of type F8_E4M3"):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
@@ -206,7 +204,7 @@ print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
-def test_peak_memory_is_the_result_and_a_little(tmp_path: Path) -> None:
+def test_peak_memory_is_little_more_than_the_result(tmp_path: Path) -> None:
     """Peak resident memory, mapped files included, of loading 320 MB of float32 as bfloat16."""
     state = {"0.weight": torch.randn(40_000, 1_000)}
     for i in range(1, 5):

@@ -1,25 +1,24 @@
-"""Names of checkpoints, and the folders on this disk that they mean."""
+"""Names of checkpoints, and the folders in which they are found."""
 
 from pathlib import Path
 
 import pytest
 
-from xgenmm.checkpoints.registry import releases, resolve
+from xgenmm.checkpoints import registry
+from xgenmm.checkpoints.registry import releases, resolve, search_folders, weights_folder
 from xgenmm.errors import CheckpointError
 
 MAIN = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 
 
-def test_a_folder_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_takes_precedence_over_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / MAIN).mkdir()
     assert resolve(MAIN) == Path(MAIN)
 
 
-def test_the_converted_folder_wins_over_the_released_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XGENMM_WEIGHTS", str(tmp_path))
+def test_converted_folder_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XGENMM_HOME", str(tmp_path))
     (tmp_path / MAIN).mkdir()
     assert resolve(MAIN) == tmp_path / MAIN
     (tmp_path / f"{MAIN}-bf16").mkdir()
@@ -31,18 +30,42 @@ def test_the_converted_folder_wins_over_the_released_one(
         assert resolve(name) == tmp_path / f"{MAIN}-bf16"
 
 
-def test_what_is_not_here_says_what_to_type(
+def test_error_for_a_missing_checkpoint_names_folders_and_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XGENMM_WEIGHTS", str(tmp_path / "none"))
+    monkeypatch.setenv("XGENMM_HOME", str(tmp_path / "none"))
     (tmp_path / f"{MAIN}.partial").mkdir()
-    with pytest.raises(CheckpointError, match=f"download {MAIN}$"):
+    looked = f"{MAIN} is not in {tmp_path / 'none'} or {registry.CHECKOUT_WEIGHTS}"
+    with pytest.raises(CheckpointError, match=f"{looked}; .* xgenmm download {MAIN}$"):
         resolve(MAIN)
     with pytest.raises(CheckpointError, match=r"'xgen' is neither a folder .* known are .*demo"):
         resolve("xgen")
 
 
-def test_every_release_is_described() -> None:
+def test_weights_are_in_xgenmm_home_else_in_the_checkout_else_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert weights_folder() == tmp_path / "weights"  # XGENMM_HOME
+    monkeypatch.delenv("XGENMM_HOME")
+    assert weights_folder() == registry.CHECKOUT_WEIGHTS
+    monkeypatch.setattr(registry, "CHECKOUT_WEIGHTS", tmp_path / "none")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert weights_folder() == tmp_path / ".cache" / "xgenmm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert weights_folder() == tmp_path / "cache" / "xgenmm"
+    assert search_folders() == [tmp_path / "cache" / "xgenmm"]
+
+
+def test_error_for_a_missing_demo_says_where_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "CHECKOUT_WEIGHTS", tmp_path / "none")
+    with pytest.raises(CheckpointError, match=f"demo is not in {tmp_path / 'weights'}.*clone the"):
+        resolve("demo")
+
+
+def test_releases_are_complete() -> None:
     known = releases()
     assert len(known) == 7
     assert len({name for release in known.values() for name in release.names}) == 6 * 2 + 3 * 2 + 1

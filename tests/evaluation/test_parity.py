@@ -1,4 +1,4 @@
-"""The golden cases through the program that a person would check them with."""
+"""`xgenmm parity` on the golden cases, and on damaged ones."""
 
 import json
 import shutil
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import golden_data
-from xgenmm.evaluation.parity import check_folder, golden_config, main
+from xgenmm.__main__ import main
+from xgenmm.evaluation.parity import check_folder, golden_config
 from xgenmm.models.image_features import normalize
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.tiling import tile_image
@@ -21,7 +22,7 @@ from xgenmm.preprocessing.tiling import tile_image
 def test_every_golden_case_is_reproduced() -> None:
     folders = [golden_data.folder(name) for name in ("v15_anyres", "v1_instruct", "tokenizer")]
     tokenizer = golden_data.folder("tokenizer") / "checkpoint"
-    command = [sys.executable, "-m", "xgenmm.evaluation.parity", *map(str, folders)]
+    command = [sys.executable, "-m", "xgenmm", "parity", *map(str, folders)]
     command += ["--tokenizer", str(tokenizer)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "38 passed, 0 failed", done.stdout + done.stderr
@@ -36,7 +37,7 @@ def test_every_golden_case_is_reproduced() -> None:
     ("stage", "error"),
     [("tiles.0", 2e-6), ("features.0", 2e-4), ("vision_tokens.0", 2e-4), ("logits", 2e-3)],
 )
-def test_a_difference_above_the_tolerance_fails(tmp_path: Path, stage: str, error: float) -> None:
+def test_difference_above_the_tolerance_fails(tmp_path: Path, stage: str, error: float) -> None:
     folder = copy_with_case(tmp_path, "panorama")
     activations = load_file(folder / "activations.safetensors")
     activations[f"panorama.{stage}"].view(-1)[0] += error
@@ -45,21 +46,21 @@ def test_a_difference_above_the_tolerance_fails(tmp_path: Path, stage: str, erro
     assert not case.passed
 
 
-def test_a_wrong_id_fails_and_is_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_id_fails_and_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copy_with_case(tmp_path, "panorama")
     golden = json.loads((folder / "cases.json").read_text())
     golden["cases"][0]["beam3_ids"][-1] += 1
     (folder / "cases.json").write_text(json.dumps(golden))
-    assert main([str(folder)]) == 1
+    assert main(["parity", str(folder)]) == 1
     assert "beam3_ids 1 differ" in capsys.readouterr().out
 
 
-def test_what_is_no_golden_folder_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 1
-    assert main([str(golden_data.folder("tokenizer"))]) == 1  # without --tokenizer
-    assert main([str(golden_data.folder("tokenizer")), "--tokenizer", str(tmp_path)]) == 1
+def test_folder_without_golden_data_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["parity", str(tmp_path)]) == 1
+    assert main(["parity", str(golden_data.folder("tokenizer"))]) == 1  # without --tokenizer
+    assert main(["parity", str(golden_data.folder("tokenizer")), "--tokenizer", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert said.count("0 passed, 1 failed") == 3
     assert f"FAIL {tmp_path}: its tokenizer needs tokenizer.model or tokenizer.json" in said

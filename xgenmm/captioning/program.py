@@ -43,7 +43,8 @@ SHARD_ROWS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `xgenmm caption`."""
+    """Describe `xgenmm caption` and add its arguments."""
+    parser.description = DESCRIPTION
     add = parser.add_argument
     model = os.environ.get("XGENMM_MODEL") or "demo"
     add("input", metavar="INPUT", help="folder, table, or tars")

@@ -1,13 +1,12 @@
-"""A checkpoint: from its folder into a model.
+"""Loading a checkpoint folder's parameters into a model.
 
-A checkpoint folder holds `config.json`, parameters in any number of `*.safetensors` files (with or
-without `model.safetensors.index.json`), and the tokenizer's and the preprocessor's files. Nothing
-here touches the network, runs code from a folder, or unpickles.
+They are in any number of `*.safetensors` files, with or without `model.safetensors.index.json`.
+Nothing here uses the network, runs code from a folder, or unpickles.
 """
 
 import io
-import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from xgenmm.errors import CheckpointError
+from xgenmm.files import read_json_object
 from xgenmm.models import quantization
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `size` bytes of `dtype`, `offset` bytes into the file `path`."""
+    """A tensor on disk: `size` bytes of `dtype`, `offset` bytes into the file `path`."""
 
     name: str
     path: Path
@@ -65,22 +65,22 @@ def parameter_files(folder: Path) -> list[Path]:
             return files
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; pickled files are never read: {', '.join(pickled)}" if pickled else ""
-        raise CheckpointError(f"parameters: {folder} holds no *.safetensors file{hint}")
+        raise CheckpointError(f"parameters: {folder} has no *.safetensors file{hint}")
     names = sorted(set(_weight_map(index).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"parameters: {folder} lacks {', '.join(missing)}, which {INDEX} names; "
+            f"parameters: {folder} lacks {', '.join(missing)}, listed in {INDEX}; "
             "download the checkpoint again"
         )
     return [folder / name for name in names]
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the folder by name, in the order in which it lies on disk.
+    """Return every tensor of the folder by name, in the order of files and offsets.
 
-    Reads the files' headers only. Raises CheckpointError, naming the file, if one is cut or
-    corrupt, holds a type that cannot be read, or disagrees with its index or with another file.
+    Reads the files' headers only. Raises CheckpointError, naming the file, if one is truncated or
+    corrupt, has an unsupported dtype, or contradicts the index or another file.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in parameter_files(folder):
@@ -93,11 +93,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             tensors[tensor.name] = tensor
     index = folder / INDEX
     if index.is_file():
-        places = {name: tensor.path.name for name, tensor in tensors.items()}
-        promised = _weight_map(index)
-        wrong = sorted(
-            name for name in {**promised, **places} if promised.get(name) != places.get(name)
-        )
+        found = {name: tensor.path.name for name, tensor in tensors.items()}
+        listed = _weight_map(index)
+        wrong = sorted(name for name in {**listed, **found} if listed.get(name) != found.get(name))
         if wrong:
             raise CheckpointError(
                 f"parameters: {index} and the files disagree on where these are: {', '.join(wrong)}"
@@ -105,21 +103,43 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_chunks(
+def new_buffer(*, pinned: bool = False) -> torch.Tensor:
+    """Return a buffer for `read_tensor`; `pinned` makes copies to a GPU faster."""
+    return torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=pinned)
+
+
+def read_tensor(
+    tensor: StoredTensor,
+    buffer: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Read a tensor through `buffer` into a new one of another dtype on another device.
+
+    Host memory beyond the result is the buffer's alone. (`safe_open` would read a whole tensor at a
+    time, or map the file, whose touched pages count as memory of this process.)
+    """
+    values = torch.empty(tensor.shape, dtype=dtype, device=device)
+    flat, start = values.view(-1), 0
+    with tensor.path.open("rb") as file:
+        for run in _read_runs(tensor, file, buffer):
+            # Moved before the cast: a GPU casts faster than the host.
+            flat[start : start + len(run)].copy_(run.to(device))
+            start += len(run)
+    return values
+
+
+def _read_runs(
     tensor: StoredTensor, file: io.BufferedReader, buffer: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """Yield the tensor's values as flat runs in order, read through `buffer` (uint8).
-
-    Each run is a view of `buffer`, good until the next one is taken. `file` is `tensor.path`, open.
-    """
+    """Yield the tensor's values as flat views of `buffer`, each valid until the next."""
     file.seek(tensor.offset)
     window = buffer.numpy().data
     left = tensor.size
     while left:
         count = min(left, len(window))
-        # Not memory-mapped: touched pages of a mapped 17 GB file count as this process's memory.
         if file.readinto(window[:count]) != count:
-            raise CheckpointError(f"parameters: {tensor.path} was cut while it was read")
+            raise CheckpointError(f"parameters: {tensor.path} was truncated while it was read")
         yield buffer[:count].view(tensor.dtype)
         left -= count
 
@@ -132,17 +152,15 @@ def load_parameters(
     dtype: torch.dtype,
     quantize: str | None = None,
 ) -> None:
-    """Replace the model's parameters and persistent buffers by those of a checkpoint folder.
+    """Replace a model's parameters and persistent buffers by those of a checkpoint folder.
 
-    The model may be built on the meta device and must carry the released names. Whatever is
-    floating is cast to `dtype` while it is read and moved straight to `device`, several tensors at
-    a time; peak host memory is the result (if it stays on the host) and READERS * BUFFER_BYTES or
-    so. Buffers that are not persistent are left as they are. `quantize`, a kind of
-    `quantization.QUANTIZATIONS`, makes the decoder's linear layers quantised ones, each as it
-    is read.
+    The model, which may be on the meta device, must have the released parameter names. Floating
+    point tensors are cast to `dtype` while they are read and moved straight to `device`; peak host
+    memory is the result, if it stays on the host, plus about READERS * BUFFER_BYTES. `quantize`, a
+    key of `quantization.QUANTIZATIONS`, quantizes the decoder's linear layers while they are read.
 
     Raises CheckpointError that names every missing, unexpected, mis-shaped and mis-typed tensor, or
-    the file that is cut or corrupt; the model is then unchanged.
+    the truncated or corrupt file; the model is then unchanged.
     """
     stored = stored_tensors(folder)
     wanted = model.state_dict()
@@ -151,27 +169,20 @@ def load_parameters(
     logger.info("reading %s", folder)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(READERS):
-        pinned = device.type == "cuda"
-        buffers.put(torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=pinned))
+        buffers.put(new_buffer(pinned=device.type == "cuda"))
 
     def read(tensor: StoredTensor) -> dict[str, torch.Tensor]:
-        kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
-        values = torch.empty(tensor.shape, dtype=kept, device=device)
-        flat, start = values.view(-1), 0
+        target = dtype if tensor.dtype.is_floating_point else tensor.dtype
         buffer = buffers.get()
         try:
-            with tensor.path.open("rb") as file:
-                for run in read_chunks(tensor, file, buffer):
-                    # Moved before it is cast: a GPU casts faster than the host.
-                    flat[start : start + len(run)].copy_(run.to(device))
-                    start += len(run)
+            values = read_tensor(tensor, buffer, target, device)
         finally:
             buffers.put(buffer)
         return quantization.quantized_state(tensor.name, values, quantize)
 
     state: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        # Leaving `map` early, on an error, cancels what has not begun.
+        # On an error, leaving `map` cancels the reads that have not started.
         for tensors in pool.map(read, stored.values()):
             state |= tensors
     if quantize is not None:
@@ -180,10 +191,10 @@ def load_parameters(
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return {tensor name: file name} of an index file; file names stay inside the folder."""
+    """Return {tensor name: file name} of an index file; file names must be in the same folder."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(places.values())
+        files = read_json_object(index)["weight_map"]
+        names = set(files.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"parameters: {index} is not an index (JSON with a weight_map): {error!r}"
@@ -191,49 +202,47 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"parameters: {index} names {name!r}; only *.safetensors beside it are read"
+                f"parameters: {index} names {name!r}; only *.safetensors files beside it are read"
             )
-    return dict(places)
+    return dict(files)
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    """Return one file's tensors, sorted by offset."""
+    """Return a safetensors file's tensors in the order of their offsets.
+
+    The library checks that they fill the file without gaps, so sizes give the offsets.
+    """
     try:
-        # The library checks that the header is sound and covers the file to its last byte.
-        with safe_open(path, framework="pt", backend="pread"):
-            pass
+        with safe_open(path, framework="pt", backend="pread") as file:
+            names = file.offset_keys()
+            slices = [file.get_slice(name) for name in names]
+            dtypes = [part.get_dtype() for part in slices]
+            shapes = [tuple(part.get_shape()) for part in slices]
     except SafetensorError as error:
         raise CheckpointError(
-            f"parameters: {path} is cut or corrupt ({error}); delete it and get it again"
+            f"parameters: {path} is truncated or corrupt ({error}); delete it and download it again"
         ) from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    strange = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
-    if strange:
+    unsupported = sorted(set(dtypes) - _DTYPES.keys())
+    if unsupported:
         raise CheckpointError(
-            f"parameters: {path} holds numbers of type {', '.join(strange)}; "
-            "float32, bfloat16 and float16 checkpoints can be read"
+            f"parameters: {path} has tensors of type {', '.join(unsupported)}; supported are "
+            "float32, bfloat16 and float16 checkpoints"
         )
-    tensors = [
-        StoredTensor(
-            name=name,
-            path=path,
-            dtype=_DTYPES[entry["dtype"]],
-            shape=tuple(entry["shape"]),
-            offset=8 + length + entry["data_offsets"][0],
-            size=entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    ]
-    return sorted(tensors, key=lambda tensor: tensor.offset)
+    with path.open("rb") as opened:
+        offset = 8 + int.from_bytes(opened.read(8), "little")  # behind the header and its length
+    tensors = []
+    for name, code, shape in zip(names, dtypes, shapes, strict=True):
+        dtype = _DTYPES[code]
+        size = math.prod(shape) * dtype.itemsize
+        tensors.append(StoredTensor(name, path, dtype, shape, offset, size))
+        offset += size
+    return tensors
 
 
 def _check_fit(
     folder: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor]
 ) -> None:
-    """Raise one CheckpointError that names all tensors by which folder and model differ."""
+    """Raise one CheckpointError that names all tensors in which folder and model differ."""
     both = sorted(stored.keys() & wanted.keys())
     problems = {
         "missing": [f"{n} {list(wanted[n].shape)}" for n in sorted(wanted.keys() - stored.keys())],

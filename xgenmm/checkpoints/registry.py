@@ -1,6 +1,6 @@
-"""Checkpoints by name: those that this project knows, their folders on this disk, their sizes.
+"""The known checkpoints by name, their folders on this machine, and their configurations.
 
-Nothing here touches the network, and nothing needs PyTorch.
+Needs neither the network nor PyTorch.
 """
 
 import json
@@ -12,13 +12,15 @@ from typing import Any
 
 from xgenmm.config import ConfigError, XGenMMConfig, from_json
 from xgenmm.errors import CheckpointError
+from xgenmm.files import read_json_object
 
-REPOSITORY_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+CHECKOUT_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+CONVERTED = "-bf16"  # suffix of the folders that `xgenmm convert` writes
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one file of a checkpoint must be: `size` in bytes, `sha256` in hexadecimal."""
+    """What a file of a checkpoint must be: `size` in bytes, `sha256` in hexadecimal."""
 
     size: int
     sha256: str
@@ -26,23 +28,29 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Release:
-    """One checkpoint that this project knows by name.
+    """A checkpoint with a name.
 
-    `repos` are the hub repositories that publish it, the preferred one first, and none for what is
-    shipped with the code. `parameters` is None where nobody counted; `files` holds the files of
-    which a record exists.
+    Attributes:
+        name: the folder's name and the usual way to refer to it.
+        repos: the hub repositories that publish it, the preferred one first; none for the demo,
+            which is part of this repository.
+        license: SPDX identifier of the weights' license.
+        description: one line for `xgenmm list`.
+        parameters: how many it has; None if unknown.
+        files: records of files whose size and digest are known beforehand.
     """
 
     name: str
     repos: tuple[str, ...]
-    licence: str
+    license: str
     description: str
     parameters: int | None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
-        """Everything a person may call it: the name, the repositories, with and without owner."""
+        """All names that `find_release` accepts: its own and the repositories', with and without
+        their owner."""
         return {self.name, *self.repos, *(repo.split("/")[-1] for repo in self.repos)}
 
 
@@ -54,7 +62,7 @@ def releases() -> dict[str, Release]:
         name: Release(
             name=name,
             repos=tuple(record["repos"]),
-            licence=record["licence"],
+            license=record["license"],
             description=record["description"],
             parameters=record["parameters"],
             files={file: FileRecord(**known) for file, known in record["files"].items()},
@@ -64,7 +72,7 @@ def releases() -> dict[str, Release]:
 
 
 def find_release(name: str) -> Release:
-    """Return the release called `name` (or one of its aliases); CheckpointError otherwise."""
+    """Return the release with this name or alias; CheckpointError if there is none."""
     known = releases()
     for release in known.values():
         if name in release.names:
@@ -75,31 +83,38 @@ def find_release(name: str) -> Release:
 
 
 def weights_folder() -> Path:
-    """Return where checkpoints are kept.
+    """Return the folder for downloads.
 
-    The environment variable XGENMM_WEIGHTS if it is set, else the repository's `weights`, else
-    `~/.cache/xgenmm` for an installed package.
+    XGENMM_HOME if it is set, else `weights` of the checkout that this module belongs to, else
+    `xgenmm` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
     """
-    chosen = os.environ.get("XGENMM_WEIGHTS")
+    chosen = os.environ.get("XGENMM_HOME")
     if chosen:
         return Path(chosen).expanduser().absolute()
-    if REPOSITORY_WEIGHTS.is_dir():
-        return REPOSITORY_WEIGHTS
-    return Path.home() / ".cache" / "xgenmm"
+    if CHECKOUT_WEIGHTS.is_dir():
+        return CHECKOUT_WEIGHTS
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "xgenmm"
+
+
+def search_folders() -> list[Path]:
+    """Return the folders in which checkpoints are looked for, in order."""
+    checkout = [CHECKOUT_WEIGHTS] if CHECKOUT_WEIGHTS.is_dir() else []
+    return list(dict.fromkeys([weights_folder(), *checkout]))
 
 
 def folders_on_disk(release: Release) -> list[Path]:
-    """Return the release's complete folders, the one to load first: converted, then as released."""
-    roots = dict.fromkeys((weights_folder(), REPOSITORY_WEIGHTS))
-    names = (f"{release.name}-bf16", release.name)
-    return [root / name for root in roots for name in names if (root / name).is_dir()]
+    """Return the release's complete folders, the preferred one first: converted, then original."""
+    names = (f"{release.name}{CONVERTED}", release.name)
+    found = (root / name for root in search_folders() for name in names)
+    return [folder for folder in found if folder.is_dir()]
 
 
 def resolve(name_or_folder: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint folder that a person means; a folder that exists wins over a name.
+    """Return the folder of a checkpoint; an existing folder takes precedence over a name.
 
-    Raises CheckpointError at once, without the network, if it is not on this disk; the message
-    says what to type.
+    Raises CheckpointError, without using the network, if there is no such checkpoint here; the
+    message says where it was looked for and which command downloads it.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
@@ -108,24 +123,23 @@ def resolve(name_or_folder: str | os.PathLike[str]) -> Path:
     found = folders_on_disk(release)
     if found:
         return found[0]
+    looked = f"{release.name} is not in {' or '.join(map(str, search_folders()))}"
     if not release.repos:
         raise CheckpointError(
-            f"model: {release.name} is shipped with the code, but {REPOSITORY_WEIGHTS} lacks it; "
-            f"bring it back with: git checkout weights/{release.name}"
+            f"model: {looked}. It is part of the repository, not of the installed package: clone "
+            "the repository, then pass the path of its weights/demo or set XGENMM_HOME to its "
+            "weights folder"
         )
-    raise CheckpointError(
-        f"model: {release.name} is not on this disk (looked in {weights_folder()}); "
-        f"get it with: python -m xgenmm.checkpoints.download download {release.name}"
-    )
+    raise CheckpointError(f"model: {looked}; download it with: xgenmm download {release.name}")
 
 
 def read_config(folder: Path) -> XGenMMConfig:
     """Return the configuration of a checkpoint folder.
 
-    The folder's name, if it is a known checkpoint's, fills what the released files leave open.
-    Raises CheckpointError if `config.json` is missing, broken, or of another model.
+    If the folder has the name of a known checkpoint, that supplies what its files do not state.
+    Raises CheckpointError if a JSON file is missing or broken, or is of another model.
     """
-    name = folder.resolve().name.removesuffix("-bf16")
+    name = folder.resolve().name.removesuffix(CONVERTED)
     release = next((r.name for r in releases().values() if name in r.names), None)
     config = _read_object(folder / "config.json")
     preprocessor = _read_object(folder / "preprocessor_config.json")
@@ -136,15 +150,11 @@ def read_config(folder: Path) -> XGenMMConfig:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; CheckpointError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"model: {path.parent} is no checkpoint: it lacks {path.name}"
+            f"model: {path.parent} is not a checkpoint: it has no {path.name}"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"model: {path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"model: {path} holds {type(content).__name__}, not an object")
-    return content
+        raise CheckpointError(f"model: {error}") from error

@@ -1,17 +1,11 @@
-"""Check this code against golden data.
+"""Comparison of this implementation with golden data: what the original implementation computed.
 
-    python -m xgenmm.evaluation.parity FOLDER... [--tokenizer FOLDER]
-
-A golden folder holds a `cases.json`, and for a model also `model.safetensors` (random weights under
-the released names), `activations.safetensors` and images: what the original implementation
-computed, float32 on CPU. One line a case gives the largest difference of each stage; a folder with
-nothing but token ids is checked with the tokenizer files of `--tokenizer`. Exit status 1 on a
-failure.
+A golden folder has a `cases.json` and, for a model, also `model.safetensors` (random weights under
+the released names), `activations.safetensors` (float32, computed on a CPU) and images.
 """
 
 import argparse
-import json
-import sys
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +24,7 @@ from xgenmm.config import (
 )
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm.files import read_json_object
 from xgenmm.models.image_features import normalize, padding_mask
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
@@ -45,38 +40,38 @@ TOLERANCES: Mapping[str, float] = {
     "vision_tokens": 1e-4,
     "inputs_embeds": 1e-4,
     "logits": 1e-3,
-    "ids": 0.0,  # how many positions differ
+    "ids": 0.0,  # number of positions that differ
 }
 
 
 @dataclass
 class Case:
-    """One golden case as it was computed here: the largest difference of each stage."""
+    """A golden case and the largest difference of each stage from what was computed here."""
 
     name: str
     differences: dict[str, float]
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared and every stage is within its tolerance."""
+        """Whether anything was compared and every stage is within its tolerance."""
         within = (value <= TOLERANCES[_kind(stage)] for stage, value in self.differences.items())
         return bool(self.differences) and all(within)
 
     def compare(self, stage: str, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Record the largest difference; infinite for other shapes, and for NaN."""
+        """Record the largest difference; infinite if shapes differ or a value is NaN."""
         largest = float("inf")
         if expected.shape == found.shape:
-            apart = (expected.float() - found.float()).abs()
-            largest = apart.max().item() if apart.numel() else 0.0
-        if largest != largest:
+            differences = (expected.float() - found.float()).abs()
+            largest = differences.max().item() if differences.numel() else 0.0
+        if math.isnan(largest):
             largest = float("inf")
         self.differences[stage] = max(largest, self.differences.get(stage, 0.0))
 
     def compare_ids(self, stage: str, expected: Sequence[int], found: Sequence[int]) -> None:
         """Record how many positions differ, missing ones included."""
         pairs = zip(expected, found, strict=False)
-        apart = sum(a != b for a, b in pairs) + abs(len(expected) - len(found))
-        self.differences[stage] = float(apart)
+        count = sum(a != b for a, b in pairs) + abs(len(expected) - len(found))
+        self.differences[stage] = float(count)
 
     def __str__(self) -> str:
         parts = [
@@ -91,26 +86,26 @@ def _kind(stage: str) -> str:
 
 
 def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
-    """Compute every case of a golden folder.
+    """Compare every case of a golden folder.
 
     Raises:
-        ValueError: it is no golden folder, or token cases lack `--tokenizer`.
-        OSError: one of the files is absent or cannot be read.
+        ValueError: it is not a golden folder, or has token ids and `tokenizer` is None.
+        OSError: a file is missing or cannot be read.
     """
     try:
-        golden = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+        golden = read_json_object(folder / "cases.json")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no golden folder ({error})") from error
+        raise ValueError(f"{folder} is not a golden folder ({error})") from error
     if "vision" in golden:
         yield from _check_model(folder, golden)
     elif tokenizer is None:
-        raise ValueError(f"{folder} holds token ids: name tokenizer files with --tokenizer FOLDER")
+        raise ValueError(f"{folder} has token ids: give tokenizer files with --tokenizer FOLDER")
     else:
         yield from _check_tokens(folder, golden, tokenizer)
 
 
 def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
-    """The configuration of a golden model, from its `cases.json`."""
+    """Return the configuration of a golden model, from its `cases.json`."""
     vision, text, resampler = golden["vision"], golden["text"], golden["sampler"]
     if "width" in vision:  # open_clip's own names
         tower = VisionConfig(
@@ -169,7 +164,7 @@ def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
 
 
 def golden_prompt(golden: Mapping[str, Any], ids: Sequence[int]) -> Prompt:
-    """Ids with the runs of each image: `<image>` and the placeholders that follow it."""
+    """Return the prompt of token ids: a span is `<image>` and the placeholders after it."""
     image = golden["special_token_ids"]["<image>"]
     placeholder = golden["special_token_ids"]["<image placeholder>"]
     spans = []
@@ -182,7 +177,7 @@ def golden_prompt(golden: Mapping[str, Any], ids: Sequence[int]) -> Prompt:
 
 
 def golden_model(folder: Path, golden: Mapping[str, Any]) -> XGenMM:
-    """The golden model with its weights, float32 on the CPU."""
+    """Return the golden model with its weights, float32 on the CPU."""
     with torch.device("meta"):
         model = XGenMM(golden_config(golden))
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
@@ -237,7 +232,7 @@ def _check_case(
     compare("inputs_embeds", "inputs_embeds", embeds)
     compare("logits", "logits", all_logits(model, embeds))
 
-    # Greedy decoding never stops at an end id here: the stored ids say how long to go on.
+    # The golden ids say how many tokens to generate; an end token does not stop greedy decoding.
     end_ids = frozenset({golden["text"]["eos_token_id"]})
     for stage, beams, penalty in (
         ("greedy_ids", 1, 1.0),
@@ -256,7 +251,7 @@ def _check_case(
 
 @torch.inference_mode()
 def all_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
-    """Logits at each position of one prompt: [length, width] -> float32 [length, vocab]."""
+    """Return all logits of a prompt: [length, width] -> float32 [length, vocab]."""
     length = embeds.shape[0]
     positions = torch.arange(length, device=embeds.device)[None]
     return model.logits(model.decoder(embeds[None], positions, model.cache(1, length), length))[0]
@@ -272,12 +267,29 @@ def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> I
         yield case
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m xgenmm.evaluation.parity", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer files")
-    options = parser.parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `xgenmm parity` and add its arguments."""
+    parser.description = (
+        "Compare this implementation with golden data of the original one. A line for each case\n"
+        "gives the largest difference of each stage. The exit status is 1 if a case fails."
+    )
+    parser.epilog = (
+        "example: xgenmm parity tests/golden/v15_anyres\n"
+        "         xgenmm parity golden/* --tokenizer weights/xgen-mm-phi3-mini-base-r-v1.5"
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="a folder with cases.json"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="tokenizer files, for golden folders of token ids",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `xgenmm parity`; return the exit status."""
     passed = failed = 0
     for folder in options.folders:
         try:
@@ -289,7 +301,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += 1
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

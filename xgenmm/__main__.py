@@ -1,0 +1,72 @@
+"""The command `xgenmm`, also `python -m xgenmm`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A sub-command: its line in `xgenmm --help`, and where its two functions are.
+
+    `add_arguments` (argument parser -> None) describes the command; `run` (parsed arguments ->
+    exit status) runs it.
+    """
+
+    help: str
+    module: str
+    add_arguments: str = "add_arguments"
+    run: str = "run"
+
+
+CHECKPOINTS = "xgenmm.checkpoints.program"
+COMMANDS = {
+    "list": Command(
+        "show the known checkpoints and what is on this disk",
+        *(CHECKPOINTS, "add_list_arguments", "run_list"),
+    ),
+    "download": Command(
+        "download a checkpoint from the Hugging Face hub",
+        *(CHECKPOINTS, "add_download_arguments", "run_download"),
+    ),
+    "convert": Command(
+        "write a checkpoint in bfloat16: half the size, faster to load",
+        *(CHECKPOINTS, "add_convert_arguments", "run_convert"),
+    ),
+    "verify": Command(
+        "check the size and sha256 of a checkpoint's files",
+        *(CHECKPOINTS, "add_verify_arguments", "run_verify"),
+    ),
+    "caption": Command("ask questions about every image of a dataset", "xgenmm.captioning.program"),
+    "parity": Command(
+        "compare this implementation with golden data of the original", "xgenmm.evaluation.parity"
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `xgenmm` with these arguments (the process's by default); return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="xgenmm",
+        description="xGen-MM (BLIP-3): ask questions about images.",
+        epilog="example: xgenmm list\n`xgenmm COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in arguments[:1]:  # import what this command needs and nothing else
+            module = import_module(command.module)
+            getattr(module, command.add_arguments)(subparser)
+            subparser.set_defaults(run=getattr(module, command.run))
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

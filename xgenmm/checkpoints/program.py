@@ -1,0 +1,147 @@
+"""The commands `xgenmm list`, `download`, `convert` and `verify`."""
+
+import argparse
+import functools
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from xgenmm.checkpoints.manifest import format_size, verify
+from xgenmm.checkpoints.registry import (
+    FileRecord,
+    find_release,
+    folders_on_disk,
+    releases,
+    resolve,
+    weights_folder,
+)
+from xgenmm.checkpoints.staging import PARTIAL
+from xgenmm.errors import CheckpointError
+
+EXAMPLE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
+
+
+def add_list_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `xgenmm list`, which has no arguments."""
+    parser.description = (
+        "Show the known checkpoints: license, number of parameters, and what is on this disk. "
+        "They are looked for in XGENMM_HOME if it is set, else in weights/ of a checkout, else in "
+        "the user's cache folder."
+    )
+    parser.epilog = "example: XGENMM_HOME=/data/weights xgenmm list"
+
+
+def add_download_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `xgenmm download` and add its arguments."""
+    parser.description = (
+        "Download a checkpoint from the Hugging Face hub and verify every file. An interrupted "
+        "download is resumed. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured."
+    )
+    parser.epilog = f"example: xgenmm download {EXAMPLE}"
+    parser.add_argument("name", metavar="NAME", help="a name that `xgenmm list` shows")
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `xgenmm convert` and add its arguments."""
+    parser.description = (
+        "Write a checkpoint in bfloat16 beside it, as NAME-bf16: half the size of float32, and "
+        "faster to load. Everything that loads NAME then takes NAME-bf16. An interrupted "
+        "conversion is resumed."
+    )
+    parser.epilog = f"example: xgenmm convert {EXAMPLE}"
+    parser.add_argument("name", metavar="NAME|FOLDER", help="a downloaded checkpoint, or a folder")
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `xgenmm verify` and add its arguments."""
+    parser.description = "Check size and sha256 of every file of a checkpoint."
+    parser.epilog = "example: xgenmm verify demo"
+    parser.add_argument("name", metavar="NAME|FOLDER", help="a downloaded checkpoint, or a folder")
+
+
+def _command(command: Callable[[argparse.Namespace], bool]) -> Callable[[argparse.Namespace], int]:
+    """Make a command that succeeds or not return an exit status, and print its log and errors."""
+
+    @functools.wraps(command)
+    def run(options: argparse.Namespace) -> int:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+        logging.getLogger("xgenmm.checkpoints").setLevel(logging.INFO)
+        try:
+            return 0 if command(options) else 1
+        except (CheckpointError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted; the same command resumes", file=sys.stderr)
+            return 130
+
+    return run
+
+
+@_command
+def run_list(options: argparse.Namespace) -> bool:
+    """Run `xgenmm list`."""
+    print(f"{'name':<46}{'license':<15}{'parameters':<13}on this disk")
+    for release in releases().values():
+        count = f"{release.parameters / 1e9:.2f} billion" if release.parameters else "-"
+        found = [f"{path.name} ({_folder_size(path)})" for path in folders_on_disk(release)]
+        found += [
+            f"{path.name} (unfinished, {_folder_size(path)})"
+            for path in sorted(weights_folder().glob(f"{release.name}*{PARTIAL}"))
+        ]
+        print(f"{release.name:<46}{release.license:<15}{count:<13}{', '.join(found) or '-'}")
+        print(f"    {release.description}")
+    print(f"downloads go to {weights_folder()} (set XGENMM_HOME to use another folder)")
+    return True
+
+
+# Imports within functions: the hub's client and PyTorch would delay the other commands.
+
+
+@_command
+def run_download(options: argparse.Namespace) -> bool:
+    """Run `xgenmm download`."""
+    from xgenmm.checkpoints.download import download
+
+    download(find_release(options.name), weights_folder())
+    return True
+
+
+@_command
+def run_convert(options: argparse.Namespace) -> bool:
+    """Run `xgenmm convert`."""
+    source = _original_folder(options.name)
+    from xgenmm.checkpoints.convert import convert
+
+    convert(source)
+    return True
+
+
+@_command
+def run_verify(options: argparse.Namespace) -> bool:
+    """Run `xgenmm verify`, for all folders of a name."""
+    folders = [resolve(options.name)]
+    if not Path(options.name).is_dir():
+        folders = folders_on_disk(find_release(options.name))
+    passed = [verify(folder, _known_records(folder)) for folder in folders]
+    return all(passed)
+
+
+def _original_folder(name: str) -> Path:
+    """Return the folder to convert: an existing one, or the one a release was downloaded to."""
+    if Path(name).is_dir():
+        return Path(name)
+    release = find_release(name)
+    originals = [path for path in folders_on_disk(release) if path.name == release.name]
+    return originals[0] if originals else resolve(name)
+
+
+def _known_records(folder: Path) -> Mapping[str, FileRecord]:
+    """Return the records in releases.json of a folder with a release's name."""
+    release = releases().get(folder.resolve().name)
+    return release.files if release else {}
+
+
+def _folder_size(folder: Path) -> str:
+    return format_size(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
