@@ -1,17 +1,15 @@
-"""xGen-MM (BLIP-3) in PyTorch: ask questions about images, and stream the answers.
+"""xGen-MM (BLIP-3) in PyTorch: ask questions about images and stream the answers.
 
 import xgenmm
 
 engine = xgenmm.load("demo")
-image = xgenmm.read_picture("star.png")
+image = xgenmm.read_image("star.png")
 for text in engine.stream(xgenmm.Request("What color is the star?", [image])):
     print(text, end="", flush=True)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from xgenmm.garbage import uncollected
 
 if TYPE_CHECKING:
     from xgenmm.engine.answer import Answer
@@ -37,7 +35,7 @@ __all__ = [
     "read_image",
 ]
 
-_HOMES = {
+_MODULES = {
     "Answer": "engine.answer",
     "CheckpointError": "errors",
     "Engine": "engine.engine",
@@ -53,8 +51,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: the programs of this package need not wait seconds for the model's.
-    if name not in __all__:
+    # Imported on first use, because PyTorch takes seconds and many programs do without it.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with uncollected():  # what is imported stays: to look through it would be a fifth of the time
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

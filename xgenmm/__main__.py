@@ -10,8 +10,8 @@ from typing import NamedTuple
 class Command(NamedTuple):
     """A sub-command: its line in `xgenmm --help`, and where its two functions are.
 
-    `add_arguments` (argument parser -> None) describes the command; `run` (parsed arguments ->
-    exit status) runs it.
+    `add_arguments` (argument parser -> None) adds its arguments, and may describe it instead of the
+    module's DESCRIPTION; `run` (parsed arguments -> exit status) runs it.
     """
 
     help: str
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in arguments[:1]:  # import what this command needs and nothing else
             module = import_module(command.module)
             getattr(module, command.add_arguments)(subparser)
+            subparser.description = subparser.description or module.DESCRIPTION
             subparser.set_defaults(run=getattr(module, command.run))
     options = parser.parse_args(arguments)
     status: int = options.run(options)

@@ -1,10 +1,11 @@
-"""The errors a user of the library has to know."""
+"""The errors that users of the library may catch."""
 
 
 class InputError(ValueError):
-    """An input cannot be used; the message starts with its name, e.g. `question: ...`.
+    """An input is invalid.
 
-    The message says what was wrong and what would be right.
+    The message starts with the input's name (`question: ...`) and says what is wrong and what would
+    be right.
     """
 
     def __init__(self, name: str, message: str) -> None:
@@ -13,8 +14,8 @@ class InputError(ValueError):
 
 
 class EngineError(RuntimeError):
-    """The engine could not answer a request that was right: it failed, or it is shut down."""
+    """The engine failed, or was shut down, while it had a valid request to answer."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is absent, broken, or does not fit the model; the message says what to do."""
+    """A checkpoint is missing, corrupt, or does not fit the model; the message says what to do."""

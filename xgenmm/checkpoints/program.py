@@ -24,40 +24,50 @@ EXAMPLE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `xgenmm list`, which has no arguments."""
-    parser.description = (
-        "Show the known checkpoints: license, number of parameters, and what is on this disk. "
-        "They are looked for in XGENMM_HOME if it is set, else in weights/ of a checkout, else in "
-        "the user's cache folder."
-    )
-    parser.epilog = "example: XGENMM_HOME=/data/weights xgenmm list"
+    parser.description = """\
+Show the known checkpoints: license, number of parameters, and what is on this disk. They are looked
+for in XGENMM_HOME if it is set, else in weights/ of a checkout, else in the user's cache folder.
+
+    xgenmm list
+    XGENMM_HOME=/data/weights xgenmm list
+"""
 
 
 def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `xgenmm download` and add its arguments."""
-    parser.description = (
-        "Download a checkpoint from the Hugging Face hub and verify every file. An interrupted "
-        "download is resumed. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured."
-    )
-    parser.epilog = f"example: xgenmm download {EXAMPLE}"
+    parser.description = f"""\
+Download a checkpoint from the Hugging Face hub and verify every file. An interrupted download is
+resumed by the same command. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.
+
+    xgenmm download {EXAMPLE}
+"""
     parser.add_argument("name", metavar="NAME", help="a name that `xgenmm list` shows")
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `xgenmm convert` and add its arguments."""
-    parser.description = (
-        "Write a checkpoint in bfloat16 beside it, as NAME-bf16: half the size of float32, and "
-        "faster to load. Everything that loads NAME then takes NAME-bf16. An interrupted "
-        "conversion is resumed."
-    )
-    parser.epilog = f"example: xgenmm convert {EXAMPLE}"
-    parser.add_argument("name", metavar="NAME|FOLDER", help="a downloaded checkpoint, or a folder")
+    parser.description = f"""\
+Write a checkpoint in bfloat16 beside it, as NAME-bf16: half the size of float32, and faster to
+load. From then on, NAME-bf16 is loaded instead of NAME. An interrupted conversion is resumed by the
+same command.
+
+    xgenmm convert {EXAMPLE}
+"""
+    _add_name(parser)
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `xgenmm verify` and add its arguments."""
-    parser.description = "Check size and sha256 of every file of a checkpoint."
-    parser.epilog = "example: xgenmm verify demo"
-    parser.add_argument("name", metavar="NAME|FOLDER", help="a downloaded checkpoint, or a folder")
+    parser.description = """\
+Check size and sha256 of every file of a checkpoint against its manifest.
+
+    xgenmm verify demo
+"""
+    _add_name(parser)
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME|FOLDER", help="a checkpoint on this disk")
 
 
 def _command(command: Callable[[argparse.Namespace], bool]) -> Callable[[argparse.Namespace], int]:

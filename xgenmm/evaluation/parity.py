@@ -33,6 +33,15 @@ from xgenmm.preprocessing.tiling import TiledImage, tile_image
 from xgenmm.preprocessing.tokenizer import Tokenizer
 from xgenmm.preprocessing.tokenizer_files import Convention
 
+DESCRIPTION = """\
+Compare this implementation with golden data: what the original implementation computed. A line for
+each case gives the largest difference of each stage; the last line counts the cases. The exit
+status is 1 if a case fails.
+
+    xgenmm parity tests/golden/v15_anyres
+    xgenmm parity golden/* --tokenizer weights/xgen-mm-phi3-mini-base-r-v1.5
+"""
+
 TOLERANCES: Mapping[str, float] = {
     "tiles": 1e-6,
     "mask": 0.0,
@@ -268,15 +277,7 @@ def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> I
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe `xgenmm parity` and add its arguments."""
-    parser.description = (
-        "Compare this implementation with golden data of the original one. A line for each case\n"
-        "gives the largest difference of each stage. The exit status is 1 if a case fails."
-    )
-    parser.epilog = (
-        "example: xgenmm parity tests/golden/v15_anyres\n"
-        "         xgenmm parity golden/* --tokenizer weights/xgen-mm-phi3-mini-base-r-v1.5"
-    )
+    """Add the arguments of `xgenmm parity`."""
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="a folder with cases.json"
     )
