@@ -1,8 +1,7 @@
-"""Sizes and behaviour of a checkpoint, as frozen data.
+"""Sizes and behaviour of a checkpoint, as frozen dataclasses.
 
-Whatever differs between the released families (tower, tiling, mask, tokens, prompt) is a field
-here, so no other module ever asks for a model's name. Knows nothing of files: `checkpoint.py`
-reads the JSON and hands the dictionaries to `from_json`.
+What differs between the released families (vision tower, tiling, mask, tokenizer, prompt) is data
+here, so that no other module depends on a model's name. Reads no files.
 """
 
 import dataclasses
@@ -10,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-Size = tuple[int, int]  # (width, height), as PIL has it
+Size = tuple[int, int]  # (width, height), as in PIL
 
 HALF = (0.5, 0.5, 0.5)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's statistics, which DFN keeps
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, also used by DFN
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -23,7 +22,11 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of a vision tower. `output_dim` is open_clip's unused text-space projection."""
+    """Sizes of a vision tower.
+
+    `output_dim` is the width of open_clip's projection to the text space: its weights are in the
+    checkpoint but not used.
+    """
 
     tower: Literal["siglip", "open_clip"] = "siglip"
     hidden_size: int = 1152
@@ -42,19 +45,23 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Sizes of the Perceiver resampler. `text_tokens` > 0 makes it instruction-aware (v1)."""
+    """Sizes of the Perceiver resampler.
+
+    `text_tokens` is how many tokens of the prompt an instruction-aware resampler (v1 instruct)
+    takes as further queries; 0 for the plain one.
+    """
 
     num_latents: int = 128
     depth: int = 6
     num_heads: int = 16
     head_dim: int = 96
     text_tokens: int = 0
-    masked: bool = True  # False: padding takes part in the attention, as v1 was trained
+    masked: bool = True  # exclude padding from attention; v1 was trained without this mask
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the Phi-3 decoder and of the additional tokens that live beside its vocabulary."""
+    """Sizes of the Phi-3 decoder, and of the additional tokens with their own embedding rows."""
 
     vocab_size: int = 32064
     hidden_size: int = 3072
@@ -65,7 +72,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     sliding_window: int = 2047
-    initial_vocab: int = 32012  # ids from here on are the additional tokens
+    initial_vocab: int = 32012  # id of the first additional token
     additional_tokens: int = 3
 
     @property
@@ -75,10 +82,10 @@ class DecoderConfig:
 
     @property
     def window_keys(self) -> int:
-        """Keys that a position sees, itself among them.
+        """Keys that a position attends to: itself and `sliding_window` before it.
 
-        One more than the name says: the released weights were trained with 2047 keys before the
-        position itself (facts.md, trap 4).
+        The released weights were trained so. transformers attends to one key fewer for the same
+        `sliding_window`.
         """
         return self.sliding_window + 1
 
@@ -89,7 +96,14 @@ GRIDS_378: tuple[Size, ...] = ((378, 756), (756, 378), (756, 756), (1134, 378), 
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How an image becomes tiles. `grids` are canvases in pixels, (width, height)."""
+    """How an image is cut into tiles.
+
+    Attributes:
+        mode: `anyres` adds the tiles of the best-fitting grid to the resized whole image; `squash`
+            resizes the image to one tile, `pad` does so after padding it to a square.
+        grids: sizes of the canvases that `anyres` may cut into tiles, in pixels.
+        mean, std: for normalization, a value for each channel.
+    """
 
     mode: Literal["anyres", "squash", "pad"] = "anyres"
     grids: tuple[Size, ...] = GRIDS_384
@@ -99,25 +113,29 @@ class TilingConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Token convention, prompt style and the tokens that end an answer."""
+    """Tokenizer convention, prompt style, and the tokens that end an answer.
+
+    `convention` is which of the two tokenizers that ship with a checkpoint it was trained with:
+    they differ in spaces around special tokens.
+    """
 
     convention: Literal["slow", "fast"] = "slow"
     prompt: Literal["chat", "few_shot"] = "chat"
     stop_tokens: tuple[str, ...] = ("<|end|>", "<|endoftext|>")
-    caption_question: str = "Describe the image."  # what an empty question stands for
+    caption_question: str = "Describe the image."  # used for an empty question
     additional: tuple[str, ...] = ("<image>", "<image placeholder>", "<|endofchunk|>")
 
 
 @dataclass(frozen=True)
 class XGenMMConfig:
-    """Everything that a checkpoint's weights do not say themselves."""
+    """Everything about a checkpoint that its weights do not determine."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     tiling: TilingConfig = field(default_factory=TilingConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    demo: bool = False  # a demonstration, which says so wherever a user meets it
+    demo: bool = False  # a demonstration model; programs tell the user
 
     @property
     def additional_ids(self) -> dict[str, int]:
@@ -152,15 +170,15 @@ RELEASES: dict[str, XGenMMConfig] = {
 def from_json(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any], release: str | None = None
 ) -> XGenMMConfig:
-    """Configuration of a checkpoint folder from its `config.json` and `preprocessor_config.json`.
+    """Return the configuration for a checkpoint's `config.json` and `preprocessor_config.json`.
 
-    A released folder states few sizes (its remote code holds the rest), so the record of the
-    release fills them; a folder of an unknown name is matched by its architecture and by whether
-    its preprocessor has grids. Sizes that `config.json` does state win: that is how the demo
-    checkpoint, of the same layout, says its own.
+    Released files state few sizes (defaults of their remote code supply the rest), so the release's
+    entry in RELEASES is the base. Without `release`, the base follows from the architecture and
+    from whether the preprocessor has grids. Sizes that the files do state take precedence; the demo
+    checkpoint, of the same layout but smaller, states all of its own.
 
     Raises:
-        ConfigError: an unknown architecture.
+        ConfigError: the architecture is unknown.
     """
     base = RELEASES[release] if release in RELEASES else _family(config, preprocessor)
     vision = config.get("vision_encoder_config", {})
@@ -179,7 +197,7 @@ def from_json(
     )
 
 
-# Hugging Face's names, where ours are shorter.
+# Hugging Face's names of fields whose names differ here.
 _VISION_KEYS = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 _TEXT_KEYS = {
     "num_hidden_layers": "num_layers",
@@ -208,7 +226,7 @@ ConfigT = TypeVar("ConfigT", VisionConfig, ResamplerConfig, DecoderConfig, Tilin
 
 
 def _override(base: ConfigT, stated: Mapping[str, Any], names: Mapping[str, str]) -> ConfigT:
-    """`base` with the fields that `stated` gives; keys that are no field are left out."""
+    """Return `base` with the values in `stated`; keys that are not fields are ignored."""
     fields = {f.name for f in dataclasses.fields(base)}
     changes = {names.get(key, key): value for key, value in stated.items() if value is not None}
     return dataclasses.replace(
