@@ -112,7 +112,7 @@ def test_error_without_weights_says_which_command_downloads_them(tmp_path: Path)
     for name in ("predict.py", "cog_compat.py", "openapi.json", "scripts/serve"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
-    environment = {"XGENMM_MODEL": "", "XGENMM_WEIGHTS": str(tmp_path / "weights")}
+    environment = {"XGENMM_MODEL": "", "XGENMM_HOME": str(tmp_path / "weights")}
     with (
         serving(environment, root=tmp_path) as started,
         pytest.raises(ServerError, match=r"download xgen-mm-phi3-mini"),

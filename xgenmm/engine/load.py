@@ -36,7 +36,7 @@ def load(
     """An engine for a released name, `demo`, or a checkpoint folder.
 
     Args:
-        name_or_folder: see `python -m xgenmm.checkpoints.download list`.
+        name_or_folder: see `xgenmm list`.
         device: `cpu`, `cuda` or `cuda:N`; by default the GPU if there is one.
         dtype: of weights and activations; by default bfloat16 on a GPU and float32 on a CPU.
         max_num_seqs: maximum number of requests answered at once; others wait. Fewer if their
