@@ -43,8 +43,7 @@ SHARD_ROWS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe `xgenmm caption` and add its arguments."""
-    parser.description = DESCRIPTION
+    """Add the arguments of `xgenmm caption`."""
     add = parser.add_argument
     model = os.environ.get("XGENMM_MODEL") or "demo"
     add("input", metavar="INPUT", help="folder, table, or tars")

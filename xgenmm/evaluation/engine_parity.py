@@ -20,7 +20,7 @@ from xgenmm.engine.reference import generate
 from xgenmm.engine.request import EngineRequest, StopReason
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.engine.scheduler import SchedulerConfig
-from xgenmm.evaluation.parity import golden_model, golden_prompt
+from xgenmm.evaluation.parity import golden_generations, golden_model, golden_prompt
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
@@ -110,16 +110,7 @@ def _golden_settings(
     case: Mapping[str, Any], rng: random.Random
 ) -> Iterator[tuple[str, SamplingParams]]:
     """(stage, settings) of the case's golden ids, and of three requests with other settings."""
-    for stage, beams, penalty in (
-        ("greedy_ids", 1, 1.0),
-        ("greedy_repetition_penalty_2_ids", 1, 2.0),
-        ("beam3_ids", 3, 1.0),
-    ):
-        if stage in case:
-            yield (
-                stage,
-                SamplingParams(len(case[stage]), num_beams=beams, repetition_penalty=penalty),
-            )
+    yield from golden_generations(case)
     yield "", SamplingParams(rng.randint(1, 40), temperature=rng.uniform(0.3, 2), seed=1)
     yield "", SamplingParams(rng.randint(1, 40), repetition_penalty=rng.uniform(1.1, 3))
     yield "", SamplingParams(rng.randint(1, 12), num_beams=2, repetition_penalty=1.5)

@@ -6,12 +6,13 @@ the released names), `activations.safetensors` (float32, computed on a CPU) and 
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from xgenmm.config import (
@@ -38,7 +39,7 @@ Compare this implementation with golden data: what the original implementation c
 each case gives the largest difference of each stage; the last line counts the cases. The exit
 status is 1 if a case fails.
 
-    xgenmm parity tests/golden/v15_anyres
+    xgenmm parity golden/v15_anyres
     xgenmm parity golden/* --tokenizer weights/xgen-mm-phi3-mini-base-r-v1.5
 """
 
@@ -115,32 +116,11 @@ def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
 
 def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
     """Return the configuration of a golden model, from its `cases.json`."""
-    vision, text, resampler = golden["vision"], golden["text"], golden["sampler"]
-    if "width" in vision:  # open_clip's own names
-        tower = VisionConfig(
-            tower="open_clip",
-            hidden_size=vision["width"],
-            intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
-            num_layers=vision["layers"],
-            num_heads=vision["heads"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            output_dim=vision["output_dim"],
-        )
-    else:
-        tower = VisionConfig(
-            tower="siglip",
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision["intermediate_size"],
-            num_layers=vision["num_hidden_layers"],
-            num_heads=vision["num_attention_heads"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-        )
+    text, resampler = golden["text"], golden["sampler"]
     text_tokens = resampler.get("text_tokens", 0)
     special = golden["special_token_ids"]
     return XGenMMConfig(
-        vision=tower,
+        vision=_vision_config(golden["vision"]),
         resampler=ResamplerConfig(
             num_latents=resampler["num_latents"],
             depth=resampler["depth"],
@@ -169,6 +149,29 @@ def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
             std=tuple(golden["image_std"]),
         ),
         text=TextConfig(additional=tuple(sorted(special, key=special.__getitem__))),
+    )
+
+
+def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
+    if "width" in vision:  # open_clip's own names
+        return VisionConfig(
+            tower="open_clip",
+            hidden_size=vision["width"],
+            intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
+            num_layers=vision["layers"],
+            num_heads=vision["heads"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            output_dim=vision["output_dim"],
+        )
+    return VisionConfig(
+        tower="siglip",
+        hidden_size=vision["hidden_size"],
+        intermediate_size=vision["intermediate_size"],
+        num_layers=vision["num_hidden_layers"],
+        num_heads=vision["num_attention_heads"],
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
     )
 
 
@@ -208,54 +211,72 @@ def _check_case(
     description: Mapping[str, Any],
     activations: Mapping[str, torch.Tensor],
 ) -> Case:
-    name, config = description["name"], model.config
+    name = description["name"]
     case = Case(f"{folder.name}/{name}", {})
-    tile = config.vision.image_size
-    images = [read_image(folder / file) for file in description["images"]]
-    tiles = [tile_image(image, config.tiling, tile) for image in images]
-    prompt = golden_prompt(golden, description["input_ids"])
-    features = model.features(tiles)
-    vision_tokens = model.vision_tokens(tiles, features, prompt)
-    embeds = model.merge_multimodal_embeddings(prompt, vision_tokens)
 
     def compare(key: str, stage: str, found: torch.Tensor) -> None:
         if f"{name}.{key}" in activations:
             case.compare(stage, activations[f"{name}.{key}"], found)
 
-    def normalised(these: Sequence[TiledImage], tiling: TilingConfig) -> list[torch.Tensor]:
-        return [normalize(torch.from_numpy(one.pixels), tiling, torch.float32) for one in these]
+    images = [read_image(folder / file) for file in description["images"]]
+    prompt = golden_prompt(golden, description["input_ids"])
+    vision_tokens = _check_vision(model, images, prompt, compare)
+    embeds = model.merge_multimodal_embeddings(prompt, vision_tokens)
+    compare("inputs_embeds", "inputs_embeds", embeds)
+    compare("logits", "logits", all_logits(model, embeds))
+    # The golden ids say how many tokens to generate; an end token does not stop greedy decoding.
+    end_ids = frozenset({golden["text"]["eos_token_id"]})
+    for stage, params in golden_generations(description):
+        found = list(generate(model, embeds, params, params.max_new_tokens, end_ids))
+        case.compare_ids(stage, description[stage], found)
+    return case
 
-    for i, (pixels, one) in enumerate(zip(normalised(tiles, config.tiling), tiles, strict=True)):
-        compare(f"tiles.{i}", "tiles", pixels)
+
+def _check_vision(
+    model: XGenMM,
+    images: Sequence[Image.Image],
+    prompt: Prompt,
+    compare: Callable[[str, str, torch.Tensor], None],
+) -> list[torch.Tensor]:
+    """Compare tiles, masks, features and vision tokens; return the vision tokens."""
+    config = model.config
+    tile_size = config.vision.image_size
+    tiles = [tile_image(image, config.tiling, tile_size) for image in images]
+    features = model.features(tiles)
+    vision_tokens = model.vision_tokens(tiles, features, prompt)
+    pixels = _normalized(tiles, config.tiling)
+    for i, one in enumerate(tiles):
+        compare(f"tiles.{i}", "tiles", pixels[i])
         mask = padding_mask(one.columns, one.rows, one.image_size, config.vision.grid)
         compare(f"mask.{i}", "mask", mask)
         compare(f"features.{i}", "features", features[i])
         compare(f"vision_tokens.{i}", "vision_tokens", vision_tokens[i])
     if tiles and config.tiling.mode != "anyres":  # one tile an image, stored as one batch
-        padded = replace(config.tiling, mode="pad")
-        squares = [tile_image(image, padded, tile) for image in images]
-        compare("pixel_values", "tiles", torch.cat(normalised(tiles, config.tiling)))
-        compare("pixel_values_pad", "tiles_pad", torch.cat(normalised(squares, padded)))
+        padding = replace(config.tiling, mode="pad")
+        padded = [tile_image(image, padding, tile_size) for image in images]
+        compare("pixel_values", "tiles", torch.cat(pixels))
+        compare("pixel_values_pad", "tiles_pad", torch.cat(_normalized(padded, padding)))
         compare("features", "features", torch.cat(features))
         compare("vision_tokens", "vision_tokens", torch.stack(vision_tokens))
-    compare("inputs_embeds", "inputs_embeds", embeds)
-    compare("logits", "logits", all_logits(model, embeds))
+    return vision_tokens
 
-    # The golden ids say how many tokens to generate; an end token does not stop greedy decoding.
-    end_ids = frozenset({golden["text"]["eos_token_id"]})
+
+def _normalized(tiles: Sequence[TiledImage], tiling: TilingConfig) -> list[torch.Tensor]:
+    return [normalize(torch.from_numpy(one.pixels), tiling, torch.float32) for one in tiles]
+
+
+def golden_generations(
+    description: Mapping[str, Any],
+) -> Iterator[tuple[str, SamplingParams]]:
+    """Yield the key of each generated answer of a case and the parameters it was generated with."""
     for stage, beams, penalty in (
         ("greedy_ids", 1, 1.0),
         ("greedy_repetition_penalty_2_ids", 1, 2.0),
         ("beam3_ids", 3, 1.0),
     ):
         if stage in description:
-            expected = description[stage]
-            params = SamplingParams(
-                max_new_tokens=len(expected), num_beams=beams, repetition_penalty=penalty
-            )
-            found = list(generate(model, embeds, params, len(expected), end_ids))
-            case.compare_ids(stage, expected, found)
-    return case
+            length = len(description[stage])
+            yield stage, SamplingParams(length, num_beams=beams, repetition_penalty=penalty)
 
 
 @torch.inference_mode()
