@@ -58,7 +58,8 @@ def installer(python: Path) -> tuple[list[str], dict[str, str]]:
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     done = subprocess.run([*pip, "--quiet", UV], capture_output=True, text=True)
     if done.returncode:
-        print(f"using pip, because {UV} cannot be installed:\n{done.stderr.strip()}", flush=True)
+        reason = "".join(done.stderr.strip().splitlines()[-1:])
+        print(f"using pip, because {UV} cannot be installed ({reason})", flush=True)
         return pip, dict(os.environ)
     uv = python.with_name("uv")
     return [str(uv), "pip", "install", "--python", str(python)], uv_environment(python)

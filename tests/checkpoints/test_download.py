@@ -24,12 +24,12 @@ from tests.support.hub_repository import (
     program,
     repository,
 )
-from tests.support.hub_server import PIECE, HubServer
+from tests.support.hub_server import CHUNK, HubServer
 from xgenmm.checkpoints.download import download
 from xgenmm.checkpoints.registry import FileRecord, Release
 from xgenmm.errors import CheckpointError
 
-CLIENT_PIECE = 10 * 2**20  # the hub client writes this many bytes at once
+CLIENT_CHUNK = 10 * 2**20  # the hub client writes this many bytes at once
 COMMAND = [sys.executable, "-m", "xgenmm", "download", NAME]
 
 
@@ -39,7 +39,7 @@ def release(**files: FileRecord) -> Release:
 
 @pytest.fixture
 def big_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub whose BIG has 48 MB, which the client writes in several pieces."""
+    """A hub whose BIG has 48 MB, which the client writes in several chunks."""
     with HubServer({REPO: repository(big=732)}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
@@ -164,11 +164,11 @@ def test_record_of_a_small_file_is_checked(hub: HubServer, root: Path) -> None:
 
 def test_cut_connection_is_resumed_where_it_was_cut(big_hub: HubServer, root: Path) -> None:
     size = len(big_hub.repos[REPO][BIG])
-    big_hub.faults.cut[BIG] = [CLIENT_PIECE + 5, CLIENT_PIECE + 5]
+    big_hub.faults.cut[BIG] = [CLIENT_CHUNK + 5, CLIENT_CHUNK + 5]
     download(release(), root, big_hub.url)
     assert_complete(root, big_hub)
-    assert size > 4 * CLIENT_PIECE
-    assert ranges(big_hub, BIG) == [None, f"bytes={CLIENT_PIECE}-", f"bytes={2 * CLIENT_PIECE}-"]
+    assert size > 4 * CLIENT_CHUNK
+    assert ranges(big_hub, BIG) == [None, f"bytes={CLIENT_CHUNK}-", f"bytes={2 * CLIENT_CHUNK}-"]
 
 
 def test_reset_connection_is_resumed(big_hub: HubServer, root: Path) -> None:
@@ -181,14 +181,14 @@ def test_reset_connection_is_resumed(big_hub: HubServer, root: Path) -> None:
 
 
 def test_lost_connection_keeps_the_received_part(big_hub: HubServer, root: Path) -> None:
-    big_hub.faults.cut[BIG] = [CLIENT_PIECE, *([0] * 12)]
+    big_hub.faults.cut[BIG] = [CLIENT_CHUNK, *([0] * 12)]
     with pytest.raises(CheckpointError, match=f"{BIG}: the connection was lost after 10485760 of"):
         download(release(), root, big_hub.url)
     assert not (root / NAME).exists()
     big_hub.faults.cut.clear()
     download(release(), root, big_hub.url)
     assert_complete(root, big_hub)
-    assert ranges(big_hub, BIG)[-1] == f"bytes={CLIENT_PIECE}-"
+    assert ranges(big_hub, BIG)[-1] == f"bytes={CLIENT_CHUNK}-"
 
 
 def test_part_of_another_file_is_not_resumed(hub: HubServer, root: Path) -> None:
@@ -245,7 +245,7 @@ def test_download_killed_between_files_is_resumed(hub: HubServer, root: Path, na
     assert asked == TAKEN - finished
 
 
-@pytest.mark.parametrize("hold", [40 * 2**20, 732 * PIECE])
+@pytest.mark.parametrize("hold", [40 * 2**20, 732 * CHUNK])
 def test_download_killed_within_a_file_is_resumed_there(
     big_hub: HubServer, root: Path, hold: int
 ) -> None:
@@ -256,7 +256,7 @@ def test_download_killed_within_a_file_is_resumed_there(
     assert first is None
     assert second is not None
     start = int(second.removeprefix("bytes=").rstrip("-"))
-    assert start >= CLIENT_PIECE
+    assert start >= CLIENT_CHUNK
 
 
 def test_download_killed_before_the_last_step_is_finished(hub: HubServer, root: Path) -> None:

@@ -1,7 +1,7 @@
 """Access to the golden data in tests/golden, whose large files are compressed.
 
 It is a subset of the original implementation's results (see tests/golden/README.md), in the format
-that `python -m xgenmm.evaluation.parity` reads.
+that `xgenmm parity` reads.
 """
 
 import atexit

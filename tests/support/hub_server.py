@@ -1,7 +1,7 @@
-"""A small server that speaks as much of the hub's protocol as its real client uses.
+"""A server with the parts of the Hugging Face hub's API that its client uses, and with faults.
 
-Model information, the tree, and `resolve` (HEAD and GET, redirecting large files to a content
-store under another host name, with ranges). It can be told to misbehave, once a fault.
+It serves model information, the file tree, and `resolve` (HEAD and GET, with ranges), which
+redirects large files to a content store under another host name.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from socket import SO_LINGER, SOL_SOCKET
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
-PIECE = 2**16
+CHUNK = 2**16
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One request: its path without the query, and what its headers said."""
+    """A request: its path without the query, and two of its headers."""
 
     method: str
     path: str
@@ -31,21 +31,21 @@ class Seen:
 
 @dataclass
 class Faults:
-    """What goes wrong with a file: each entry is used up by the first request that meets it."""
+    """What goes wrong with a file. The first request to meet a fault consumes it."""
 
     cut: dict[str, list[int]] = field(default_factory=dict)  # bytes sent before the connection ends
     reset: dict[str, int] = field(default_factory=dict)  # bytes sent before the connection is reset
-    hold: dict[str, int] = field(default_factory=dict)  # bytes sent before `held` and a wait
+    hold: dict[str, int] = field(default_factory=dict)  # bytes sent before waiting for `release`
     wrong_byte: dict[str, int] = field(default_factory=dict)  # position of a flipped byte
     held: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
 
 
 class HubServer:
-    """Serves `repos`, {repository: {file name: content}}, on a free port; a context manager.
+    """A context manager that serves `repos`, {repository: {file name: content}}, on a free port.
 
-    With a `token`, requests to the hub (not to its content store) need it. `sizes` overrides what
-    the hub states of a file's size.
+    If there is a `token`, requests to the hub, but not to its content store, need it. `sizes`
+    overrides the file sizes that the hub states.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]], token: str | None = None) -> None:
@@ -69,7 +69,7 @@ class HubServer:
         return f"http://localhost:{self._server.server_port}"
 
     def revision(self, repo: str) -> str:
-        """The repository's commit: it depends on the files' names and content."""
+        """The repository's commit id, a digest of its files' names and contents."""
         digest = hashlib.sha1()
         for name, content in sorted(self.repos[repo].items()):
             digest.update(f"{name}\0{blob_id(content)}\0".encode())
@@ -92,12 +92,12 @@ class HubServer:
 
 
 def blob_id(content: bytes) -> str:
-    """Return the id that git gives to a file's content."""
+    """Return git's blob id of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def is_large(name: str) -> bool:
-    """Say whether the hub keeps a file in its content store (LFS)."""
+    """Return whether the hub has a file in its content store (LFS)."""
     return name.endswith((".safetensors", ".model", ".bin"))
 
 
@@ -194,16 +194,16 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             hold = hub.faults.hold.pop(name, None)
             self._send_head(status, headers | {"Content-Length": str(len(sent))})
             try:
-                for at in range(0, min(limit, len(sent)), PIECE):
+                for at in range(0, min(limit, len(sent)), CHUNK):
                     if hold is not None and at >= hold:
                         hub.faults.held.set()
                         hub.faults.release.wait()
                         hold = None
-                    self.wfile.write(sent[at : min(at + PIECE, limit)])
+                    self.wfile.write(sent[at : min(at + CHUNK, limit)])
             except ConnectionError:
                 self.close_connection = True  # the client was killed
             if reset:
-                # Closed without lingering, a socket answers with a reset.
+                # Closing a socket without lingering resets the connection.
                 self.connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
                 os.close(self.connection.detach())
             if limit < len(sent):

@@ -256,8 +256,7 @@ def _append_rest(url: str, file: HubFile, out: io.BufferedWriter) -> None:
             raise CheckpointError(f"{file.name}: the hub denies it ({error})") from error
         except httpx.TransportError as error:
             received = out.seek(0, os.SEEK_END)
-            # `http_get` has retried after all errors but a reset connection.
-            if received == start or not isinstance(error, httpx.ReadError):
+            if received == start:
                 raise CheckpointError(
                     f"{file.name}: the connection was lost after {received} of {file.size} bytes "
                     f"({error}); run the same command again, it resumes"
