@@ -1,10 +1,10 @@
 """Workaround for Cog 0.23: make cancelling reach a prediction that streams from a plain generator.
 
-coglet 0.23.1 collects an async generator to its end before it sends anything, so `predict` is a
+coglet 0.23.1 exhausts an async generator before it sends anything, so `predict` is a
 coroutine that returns a plain generator, which coglet streams (`crates/coglet-python` in
 https://github.com/replicate/cog). Cog cancels a prediction by cancelling the future of that
-coroutine. By then the future is done - the coroutine returned the generator at once - so the
-cancellation would be lost.
+coroutine. By then the future is done, because the coroutine returned the generator at once, so
+the cancellation would be lost.
 
 Remove this module once Cog streams async generators.
 """
@@ -22,8 +22,8 @@ def prediction_future() -> Future[None]:
 
     Cog keeps the `concurrent.futures.Future` that `asyncio.run_coroutine_threadsafe` returned. The
     task has no public reference to it, but the done-callback that copies the task's result to it
-    does; there its `cancel` is replaced. Logs a warning if no such future is found, in which case
-    the prediction cannot be cancelled.
+    does, so it is found there and its `cancel` is replaced. Logs a warning if no such future is
+    found, in which case the prediction cannot be cancelled.
     """
     cancelled: Future[None] = Future()
     task: Any = asyncio.current_task()
@@ -35,7 +35,7 @@ def prediction_future() -> Future[None]:
                 found = True
     if not found:
         logger.warning(
-            "cannot find the future by which Cog cancels this prediction; cancelling has no "
-            "effect. Is this a version of Cog other than 0.23?"
+            "cannot find the future by which Cog cancels this prediction, so cancelling has no "
+            "effect; install Cog 0.23"
         )
     return cancelled

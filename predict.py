@@ -5,12 +5,12 @@ streams the text of the answer and reports the metrics. Environment variables co
 
     XGENMM_MODEL         a released name, `demo`, or a checkpoint folder
     XGENMM_DEVICE        `cuda`, `cuda:N` or `cpu`; default: a GPU if there is one
-    XGENMM_DTYPE         `bfloat16`, `float16` or `float32`
+    XGENMM_DTYPE         `bfloat16`, `float16` or `float32`; default: bfloat16 on a GPU, else float32
     XGENMM_QUANTIZE      `int8` or `fp8`: the weights of the decoder
     XGENMM_TIMEOUT       seconds after which generation stops and the partial text is returned
     COG_MAX_CONCURRENCY  predictions at once; `cog build` sets it from `@concurrent` below
 
-Cog builds the form by parsing this file, without running it, and takes strings as they are written.
+Cog builds the form by parsing this file, without running it, and takes string literals verbatim.
 Every description and default is therefore a single literal without escapes, however long.
 """
 
@@ -73,7 +73,7 @@ class Predictor(BasePredictor):
             max_num_seqs=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
         )
         self.engine.warm_up()
-        # Cog has no shutdown hook. Its worker exits once the last prediction has ended.
+        # Cog has no shutdown hook; its worker process exits after the last prediction.
         atexit.register(self.engine.close)
 
     def healthcheck(self) -> bool:
@@ -163,8 +163,8 @@ class Predictor(BasePredictor):
         """Answer a question about images; yields the text as it is generated.
 
         This coroutine runs in the event loop that all predictions share, so it only checks the
-        inputs. The generator that it returns does the work; Cog iterates over it in a thread of
-        the prediction's own.
+        inputs. The generator that it returns does the work; Cog iterates over it in a separate
+        thread for each prediction.
         """
         if choices is not None and not choices:
             raise InputError("choices", "is empty; give the texts to choose from or leave it out")

@@ -1,4 +1,4 @@
-"""Sizes and behaviour of a checkpoint, as frozen dataclasses.
+"""Sizes and behavior of a checkpoint, as frozen dataclasses.
 
 What differs between the released families (vision tower, tiling, mask, tokenizer, prompt) is data
 here, so that no other module depends on a model's name. Reads no files.
@@ -47,8 +47,8 @@ class VisionConfig:
 class ResamplerConfig:
     """Sizes of the Perceiver resampler.
 
-    `text_tokens` is how many tokens of the prompt an instruction-aware resampler (v1 instruct)
-    takes as further queries; 0 for the plain one.
+    `text_tokens` is the number of prompt tokens that an instruction-aware resampler (v1 instruct)
+    takes as additional queries; 0 for the plain resampler.
     """
 
     num_latents: int = 128
@@ -84,8 +84,8 @@ class DecoderConfig:
     def window_keys(self) -> int:
         """Keys that a position attends to: itself and `sliding_window` before it.
 
-        The released weights were trained so. transformers attends to one key fewer for the same
-        `sliding_window`.
+        The released weights were trained this way. transformers attends to one key fewer for the
+        same `sliding_window`.
         """
         return self.sliding_window + 1
 
@@ -115,8 +115,8 @@ class TilingConfig:
 class TextConfig:
     """Tokenizer convention, prompt style, and the tokens that end an answer.
 
-    `convention` is which of the two tokenizers that ship with a checkpoint it was trained with:
-    they differ in spaces around special tokens.
+    `convention` selects which of the two tokenizers of a checkpoint to reproduce: they treat spaces
+    around special tokens differently, and the model was trained with one of them.
     """
 
     convention: Literal["slow", "fast"] = "slow"
@@ -175,7 +175,7 @@ def from_json(
     Released files state few sizes (defaults of their remote code supply the rest), so the release's
     entry in RELEASES is the base. Without `release`, the base follows from the architecture and
     from whether the preprocessor has grids. Sizes that the files do state take precedence; the demo
-    checkpoint, of the same layout but smaller, states all of its own.
+    checkpoint, which has the same layout but is smaller, states those that differ.
 
     Raises:
         ConfigError: the architecture is unknown.
@@ -197,7 +197,7 @@ def from_json(
     )
 
 
-# Hugging Face's names of fields whose names differ here.
+# Hugging Face's names of the fields that are named differently here.
 _VISION_KEYS = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 _TEXT_KEYS = {
     "num_hidden_layers": "num_layers",

@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 class EngineError(RuntimeError):
-    """The engine failed, or was shut down, while it had a valid request to answer."""
+    """The engine failed or is shut down; the request itself was valid."""
 
 
 class CheckpointError(ValueError):

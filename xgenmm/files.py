@@ -50,7 +50,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync(path: Path) -> None:
-    """Write what the system still holds in memory of a file or folder to the disk."""
+    """Flush a file or folder from the system's page cache to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -60,7 +60,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on an existing folder; it ends with the block or with the process.
+    """Hold an exclusive lock on an existing folder until the block or the process ends.
 
     Raises BlockingIOError if another process holds it.
     """

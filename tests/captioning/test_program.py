@@ -91,7 +91,7 @@ def test_a_record_that_cannot_be_answered_gets_a_row_with_an_error(
         (("--shard-rows", "0"), "shard-rows: must be at least 1, not 0"),
         (("--template", "{"), "template: "),
         (("--model", "nobody"), "model: 'nobody' is neither a folder"),
-        (("--device", "abacus"), "device: 'abacus' is not one"),
+        (("--device", "abacus"), "device: 'abacus' is not a device"),
     ],
 )
 def test_wrong_options_are_refused(

@@ -11,7 +11,7 @@ from xgenmm.errors import CheckpointError
 
 def test_verification_needs_a_manifest_or_a_record(source: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"it has no manifest\.json, and releases\.json no record"
+        CheckpointError, match=r"it has no manifest\.json, and releases\.json has no record"
     ):
         verify(source, {})
     write_manifest(source, name="mine")

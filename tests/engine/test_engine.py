@@ -264,7 +264,7 @@ def test_load_checks_and_applies_device_and_dtype(tmp_path: Path) -> None:
     assert text(engine, Request("What is it?", [image()], sampling=params()))
     with pytest.raises(InputError, match=r"^dtype: 'int3' is not one of float32"):
         xgenmm.load(folder, dtype="int3")
-    with pytest.raises(InputError, match=r"^device: 'tpux' is not one"):
+    with pytest.raises(InputError, match=r"^device: 'tpux' is not a device"):
         xgenmm.load(folder, device="tpux")
     (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(CheckpointError, match="llamaforcausallm"):

@@ -2,7 +2,7 @@
 
 A record's rows do not depend on the records answered with it, nor on whether `caption_in_process`
 or `ray_pipeline.caption_with_ray` runs them. `xgenmm.load` and `xgenmm.Request` are only looked up
-when needed, because they import PyTorch, which a process that only reads images does without.
+when needed, because they import PyTorch, which processes that only read images do not need.
 """
 
 import os
@@ -31,7 +31,7 @@ RECORDS_PER_SEQ = 2
 """Records in progress per sequence of an engine: some are read while others are answered."""
 
 PREFILL_BATCHES_PER_STEP = 8
-"""More than one, because nobody watches a stream here: full batches matter, even steps do not."""
+"""More than one, because no one watches a stream here: throughput matters, even steps do not."""
 
 Item = TypeVar("Item")
 

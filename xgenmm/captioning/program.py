@@ -175,7 +175,7 @@ def _caption_records(
 def _write(
     shards: Shards, rows: Iterator[list[Row]], title: str, num_records: int, num_questions: int
 ) -> tuple[int, int]:
-    """Add rows to `shards` behind a progress bar; return the number of rows and of errors."""
+    """Add rows to `shards`, showing a progress bar; return the number of rows and of errors."""
     written = errors = 0
     with tqdm(
         desc=title,

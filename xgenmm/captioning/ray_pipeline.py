@@ -31,7 +31,7 @@ RECORDS_PER_BLOCK = 32
 """Records that a task reads, and an actor receives, at a time."""
 
 BLOCKS_PER_ACTOR = RECORDS_PER_SEQ * MAX_NUM_SEQS // RECORDS_PER_BLOCK
-"""Blocks that an actor works on at once, so that the end of one leaves no sequence idle."""
+"""Blocks that an actor works on at once, so that no sequence is idle when one block ends."""
 
 
 def caption_with_ray(
@@ -100,7 +100,7 @@ def _build_pipeline(
             fn_args=[task],
             batch_size=None,
             batch_format="pyarrow",
-            # Other resources than the actors', or Ray fuses the two stages into one.
+            # Not the same resources as the actors, or Ray would fuse the two stages.
             num_cpus=0.75,
         )
         .map_batches(
@@ -208,7 +208,7 @@ def _connect(address: str) -> Any:
             ray.init("local", num_cpus=num_cpus, include_dashboard=False, **settings)
         else:
             host, _, port = address.removeprefix("ray://").rpartition(":")
-            if host and port.isdigit():  # fails at once, where Ray retries for minutes
+            if host and port.isdigit():  # fails at once; Ray would retry for minutes
                 socket.create_connection((host, int(port)), timeout=10).close()
             with _single_attempt():
                 ray.init(address, **settings)
@@ -223,7 +223,8 @@ def _connect(address: str) -> Any:
 def _single_attempt() -> Iterator[None]:
     """Let Ray try to connect once (41 s) rather than 20 times, in case the port is not Ray's.
 
-    A value that the user has set wins. Unset afterwards, because starting a cluster takes longer.
+    A value set by the user takes precedence. Unset afterwards, because starting a cluster takes
+    longer.
     """
     name = "RAY_gcs_server_port_wait_time_s"
     if name in os.environ:

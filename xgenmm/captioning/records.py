@@ -11,7 +11,7 @@ class Record:
         (from 0), or `TAR/KEY`.
     image: the image as INPUT names it.
     source: the file or http(s) URL that contains the image.
-    offset, size: the byte range of the image in `source`; the whole of it if `size` is None.
+    offset, size: the byte range of the image in `source`; the whole file if `size` is None.
     questions: the templates, filled with the columns of this record.
     error: why the record cannot be used, if listing it already showed that; `questions` are then
         the unfilled templates.

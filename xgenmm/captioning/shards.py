@@ -79,7 +79,7 @@ class Shards:
 def open_shards(
     folder: Path, format_: str, shard_rows: int, settings: Mapping[str, Any]
 ) -> Iterator[Shards]:
-    """Open OUTPUT and lock it; rows that are left are written at the end, after an error too.
+    """Open OUTPUT and lock it; the remaining rows are written on exit, even after an error.
 
     Args:
         folder: created if it does not exist.
@@ -117,7 +117,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     has_other_files = any(file != path for file in folder.iterdir())
     if has_other_files and not path.exists():
         raise InputError("OUTPUT", f"{folder} contains other files; choose another folder")
-    if not has_other_files:  # a settings file alone is of a run that ended before its first shard
+    if not has_other_files:  # a lone settings file is left by a run without a complete shard
         write_json(path, settings)
     try:
         saved = read_json_object(path)
@@ -147,7 +147,7 @@ def _write_jsonl(file: IO[bytes], rows: Sequence[Row]) -> None:
 
 def _write_parquet(file: IO[bytes], rows: Sequence[Row]) -> None:
     pyarrow, parquet = import_pyarrow()
-    # An explicit schema, because a column of nulls alone would get no type.
+    # An explicit schema, because a column of only nulls would have no type.
     schema = pyarrow.schema(
         {
             field.name: pyarrow.int32() if field.type is int else pyarrow.string()

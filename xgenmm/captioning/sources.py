@@ -46,9 +46,10 @@ def read_records(source: str, templates: Sequence[str], column: str) -> Iterator
 
     Args:
         source: a folder of images or tars, a table, a tar, or a pattern (`*.tar`) of tars.
-        templates: questions with column names in braces. A folder has the column `image`; tars
-            have `image`, `key`, `txt`, and the fields of a sample's .json.
-        column: the table's column of URLs, or of paths relative to the table's folder.
+        templates: questions with column names in braces. A folder has only the image column; tars
+            also have `key`, `txt`, and the fields of a sample's .json.
+        column: name of the image column. In a table it holds URLs, or paths relative to the table's
+            folder; in a folder or tar, the path of the image within it.
     """
     for record, columns in _list(source, column):
         yield add_questions(record, columns, templates)

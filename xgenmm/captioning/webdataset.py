@@ -32,7 +32,7 @@ def read_tars(root: Path, paths: Sequence[Path], column: str) -> Iterator[tuple[
                     id_ = escape_surrogates(f"{name}/{key}{repeat}")
                     yield replace(record, id=id_), {"key": key, **columns}
         except (tarfile.TarError, OSError) as error:
-            # The remaining samples of this tar are lost, those of the next tars are not.
+            # The rest of this tar is skipped; the tars after it are still read.
             message = f"INPUT: {path} is damaged or not a tar file ({error}); the rest is skipped"
             yield Record(f"{name}/", "", "", error=message), {}
 

@@ -34,10 +34,10 @@ SHARD_BYTES = 2 * 10**9
 
 
 def convert(source: Path, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write the checkpoint folder `source` in bfloat16 beside it, as NAME-bf16, and return that.
+    """Write a bfloat16 copy of the checkpoint folder `source` next to it; return NAME-bf16.
 
-    Integer tensors stay as they are. Files of up to about `shard_bytes` bytes are written one after
-    the other, each from memory; a run that was killed keeps the complete ones.
+    Integer tensors keep their dtype. Files of up to about `shard_bytes` bytes are written one after
+    the other, each from memory; after a kill, the next run keeps the complete ones.
 
     Raises CheckpointError if the source is corrupt, is in bfloat16 already, or the disk is too
     small.
@@ -56,7 +56,7 @@ def convert(source: Path, shard_bytes: int = SHARD_BYTES) -> Path:
     ]
     shards = _split(list(tensors.values()), shard_bytes)
     with staging_folder(target) as staging:
-        # Files written from another source, or of another split, are of no use.
+        # Files from another source or another split cannot be reused.
         plan = {"shard_bytes": shard_bytes, "source": _fingerprint(tensors)}
         records = _write_shards(staging, shards, plan)
         files = {tensor.name: name for name, shard in shards.items() for tensor in shard}
@@ -124,7 +124,7 @@ def _write_bfloat16(path: Path, tensors: list[StoredTensor]) -> FileRecord:
     converted = {t.name: read_tensor(t, buffer, _converted_dtype(t)) for t in tensors}
     try:
         save_file(converted, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # it has no errno, but writing fails for want of space only
+    except SafetensorError as error:  # it has no errno; in practice the disk is full
         raise CheckpointError(disk_full(path, str(error))) from error
     sync(path)
     return measure(path)

@@ -71,8 +71,8 @@ def download(release: Release, root: Path, endpoint: str | None = None) -> Path:
     """Download a release into `root / release.name` and return that folder.
 
     Only JSON files, `tokenizer.model` and safetensors files are downloaded. Each is checked against
-    the hub's statement, releases.json and the lock file in `root`, if they have it. Then the
-    revision is pinned in the lock file.
+    the size and digest that the hub, releases.json and the lock file in `root` state, if they do.
+    Then the revision is pinned in the lock file.
 
     Raises CheckpointError if the hub is not available or denies access, the disk is too small, the
     connection is lost for good, or a file is not as expected (it is then deleted).
@@ -110,15 +110,15 @@ def download(release: Release, root: Path, endpoint: str | None = None) -> Path:
         pin = {**origin, "files": records_to_json(records)}
         write_json(root / LOCK_FILE, {**lock, release.name: pin})
         staging.rename(target)
-    logger.info("%s is in %s; sizes and digests of all files are right", release.name, target)
+    logger.info("%s is in %s; the sizes and digests of all files match", release.name, target)
     return target
 
 
 def _find_repository(
     release: Release, pinned: Mapping[str, Any], endpoint: str | None
 ) -> ModelInfo:
-    """Return what the hub says of the pinned revision, or of the newest one of the first
-    repository that exists."""
+    """Return the hub's description of the pinned revision, or of the newest revision of the
+    first repository that exists."""
     repos = (pinned["repo"],) if pinned else release.repos
     denied: HfHubHTTPError | None = None
     for repo in repos:
@@ -219,9 +219,9 @@ def _fetch(url: str, file: HubFile, staging: Path) -> FileRecord:
         path.unlink()
     part = staging / file.part_name
     if file.blob_id is not None:
-        part.unlink(missing_ok=True)  # may be sent compressed, and then ranges mean nothing
+        part.unlink(missing_ok=True)  # may be sent compressed, so byte ranges do not apply
     # Not `snapshot_download`: huggingface_hub 1.33 writes to a new temporary file on each call, so
-    # a killed download of a 5 GB shard starts from its beginning.
+    # a killed download of a 5 GB shard would start over.
     with disk_errors(part), part.open("ab") as out:
         if out.tell() > file.size:
             out.truncate(0)
@@ -239,7 +239,7 @@ def _fetch(url: str, file: HubFile, staging: Path) -> FileRecord:
 
 
 def _append_rest(url: str, file: HubFile, out: io.BufferedWriter) -> None:
-    """Append what is missing of a file, resuming for as long as each connection brings data."""
+    """Append the rest of a file, reconnecting as long as each connection brings data."""
     token = get_token()
     headers = {"authorization": f"Bearer {token}"} if token else {}
     while (start := out.seek(0, os.SEEK_END)) < file.size:
@@ -253,7 +253,7 @@ def _append_rest(url: str, file: HubFile, out: io.BufferedWriter) -> None:
                 displayed_filename=file.name,
             )
         except HfHubHTTPError as error:
-            raise CheckpointError(f"{file.name}: the hub denies it ({error})") from error
+            raise CheckpointError(f"{file.name}: the hub refuses to send it ({error})") from error
         except httpx.TransportError as error:
             received = out.seek(0, os.SEEK_END)
             if received == start:
@@ -264,7 +264,7 @@ def _append_rest(url: str, file: HubFile, out: io.BufferedWriter) -> None:
         except OSError as error:
             if error.errno is not None:
                 raise
-            # The size is wrong: verification, which follows, says so and names the file.
+            # The size is wrong; the verification that follows reports it.
             return
 
 

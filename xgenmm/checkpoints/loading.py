@@ -116,8 +116,8 @@ def read_tensor(
 ) -> torch.Tensor:
     """Read a tensor through `buffer` into a new one of another dtype on another device.
 
-    Host memory beyond the result is the buffer's alone. (`safe_open` would read a whole tensor at a
-    time, or map the file, whose touched pages count as memory of this process.)
+    Besides the result, this takes no host memory but the buffer. (`safe_open` would read a whole
+    tensor at a time, or map the file, whose touched pages count as memory of this process.)
     """
     values = torch.empty(tensor.shape, dtype=dtype, device=device)
     flat, start = values.view(-1), 0
@@ -229,7 +229,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
             "float32, bfloat16 and float16 checkpoints"
         )
     with path.open("rb") as opened:
-        offset = 8 + int.from_bytes(opened.read(8), "little")  # behind the header and its length
+        offset = 8 + int.from_bytes(opened.read(8), "little")  # after the header and its length
     tensors = []
     for name, code, shape in zip(names, dtypes, shapes, strict=True):
         dtype = _DTYPES[code]

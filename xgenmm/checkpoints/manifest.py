@@ -28,7 +28,8 @@ def verify(folder: Path, records: Mapping[str, FileRecord]) -> bool:
     expected = {**records_from_json(read_if_present(folder / MANIFEST).get("files", {})), **records}
     if not expected:
         raise CheckpointError(
-            f"{folder}: cannot be verified: it has no {MANIFEST}, and releases.json no record of it"
+            f"{folder}: cannot be verified: it has no {MANIFEST}, and releases.json has no record "
+            "of it; download it again"
         )
     logger.info("%s", folder)
     passed = True
@@ -55,7 +56,7 @@ def write_manifest(
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Return whether a file is part of a checkpoint: no code, no pickles, nothing in subfolders."""
+    """Whether a file is part of a checkpoint: no code, no pickles, nothing in subfolders."""
     return (
         Path(name).name == name
         and name != MANIFEST
@@ -74,7 +75,7 @@ def find_problem(path: Path, expected: FileRecord) -> str | None:
     if not path.is_file():
         return "it is missing"
     size = path.stat().st_size
-    if size != expected.size:  # spares reading gigabytes
+    if size != expected.size:  # saves reading gigabytes
         return difference(FileRecord(size, ""), expected)
     return difference(measure(path), expected)
 
@@ -94,12 +95,12 @@ def records_to_json(records: Mapping[str, FileRecord]) -> dict[str, dict[str, An
 
 
 def records_from_json(records: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRecord]:
-    """Return the records that `records_to_json` made into JSON objects."""
+    """Return records from the JSON objects of `records_to_json`."""
     return {name: FileRecord(**record) for name, record in records.items()}
 
 
 def read_if_present(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of ours, empty if the file does not exist.
+    """Return the JSON object in a file that this package wrote, or {} if there is no such file.
 
     Raises CheckpointError if it is not a JSON object.
     """
@@ -112,5 +113,5 @@ def read_if_present(path: Path) -> dict[str, Any]:
 
 
 def format_size(size: int) -> str:
-    """Return a number of bytes for people: `4.98 GB`, `0.51 MB`."""
+    """Format a number of bytes for display: `4.98 GB`, `0.51 MB`."""
     return f"{size / 1e9:.2f} GB" if size >= 10**7 else f"{size / 1e6:.2f} MB"

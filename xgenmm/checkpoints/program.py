@@ -25,8 +25,9 @@ EXAMPLE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `xgenmm list`, which has no arguments."""
     parser.description = """\
-Show the known checkpoints: license, number of parameters, and what is on this disk. They are looked
-for in XGENMM_HOME if it is set, else in weights/ of a checkout, else in the user's cache folder.
+Show the known checkpoints: license, number of parameters, and what is on this disk. The folders
+searched are XGENMM_HOME, if it is set, and weights/ of the checkout; without either, the user's
+cache folder.
 
     xgenmm list
     XGENMM_HOME=/data/weights xgenmm list
@@ -37,7 +38,7 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `xgenmm download` and add its arguments."""
     parser.description = f"""\
 Download a checkpoint from the Hugging Face hub and verify every file. An interrupted download is
-resumed by the same command. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.
+resumed by the same command. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honored.
 
     xgenmm download {EXAMPLE}
 """
@@ -71,7 +72,8 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
 
 
 def _command(command: Callable[[argparse.Namespace], bool]) -> Callable[[argparse.Namespace], int]:
-    """Make a command that succeeds or not return an exit status, and print its log and errors."""
+    """Turn a command that returns success into one that returns an exit status; print its log and
+    errors."""
 
     @functools.wraps(command)
     def run(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ CONVERTED = "-bf16"  # suffix of the folders that `xgenmm convert` writes
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file of a checkpoint must be: `size` in bytes, `sha256` in hexadecimal."""
+    """Expected contents of a checkpoint file: `size` in bytes, `sha256` in hexadecimal."""
 
     size: int
     sha256: str
@@ -28,7 +28,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Release:
-    """A checkpoint with a name.
+    """A known checkpoint.
 
     Attributes:
         name: the folder's name and the usual way to refer to it.
@@ -36,7 +36,7 @@ class Release:
             which is part of this repository.
         license: SPDX identifier of the weights' license.
         description: one line for `xgenmm list`.
-        parameters: how many it has; None if unknown.
+        parameters: their number; None if unknown.
         files: records of files whose size and digest are known beforehand.
     """
 
@@ -98,7 +98,7 @@ def weights_folder() -> Path:
 
 
 def search_folders() -> list[Path]:
-    """Return the folders in which checkpoints are looked for, in order."""
+    """Return the folders to search for checkpoints, in order."""
     checkout = [CHECKOUT_WEIGHTS] if CHECKOUT_WEIGHTS.is_dir() else []
     return list(dict.fromkeys([weights_folder(), *checkout]))
 
@@ -114,7 +114,7 @@ def resolve(name_or_folder: str | os.PathLike[str]) -> Path:
     """Return the folder of a checkpoint; an existing folder takes precedence over a name.
 
     Raises CheckpointError, without using the network, if there is no such checkpoint here; the
-    message says where it was looked for and which command downloads it.
+    message names the folders that were searched and the command that downloads it.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
@@ -136,7 +136,8 @@ def resolve(name_or_folder: str | os.PathLike[str]) -> Path:
 def read_config(folder: Path) -> XGenMMConfig:
     """Return the configuration of a checkpoint folder.
 
-    If the folder has the name of a known checkpoint, that supplies what its files do not state.
+    If the folder has the name of a known checkpoint, that release supplies what its files do not
+    state.
     Raises CheckpointError if a JSON file is missing or broken, or is of another model.
     """
     name = folder.resolve().name.removesuffix(CONVERTED)

@@ -1,6 +1,6 @@
-"""The folder in which a checkpoint is put together, `NAME.partial`, and the disk it needs.
+"""The folder in which a checkpoint is assembled, `NAME.partial`, and checks of its disk.
 
-It is renamed to NAME when it is complete, so a folder with a checkpoint's name is a complete one.
+It is renamed to NAME when it is complete, so a folder with a checkpoint's name is always complete.
 """
 
 import errno
@@ -54,5 +54,5 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_full(path: Path, reason: str) -> str:
-    """Return the error text for a file that the disk did not take."""
+    """Return the error text for a file that does not fit on the disk."""
     return f"{path}: {reason}; free some disk space and run the same command again, it resumes"

@@ -44,7 +44,7 @@ class Answer:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits in it
+            with suppress(RuntimeError):  # the loop is closed, so nothing waits in it
                 loop.call_soon_threadsafe(ready.set)
 
         self._wake = wake
@@ -61,13 +61,14 @@ class Answer:
                 yield item
 
     def text(self) -> str:
-        """Wait for the whole answer."""
+        """Wait for the whole answer and return it. Raises the error if the request fails."""
         # Waking up for every piece of text would slow down the engine's thread.
         self._ended.wait()
         return "".join(self)
 
     def cancel(self) -> None:
-        """Stop generating; the iteration ends before the next token. For any thread."""
+        """Stop generating; the iteration ends before the next token. May be called from
+        any thread."""
         self._cancelled.set()
 
     # The methods of an `OutputSink`.
@@ -78,7 +79,7 @@ class Answer:
         return self._cancelled.is_set()
 
     def token(self, token_id: int) -> StopReason | None:
-        """Pass on the token's text. Returns the reason if the answer is complete with it."""
+        """Pass on the token's text. Returns the stop reason if it completes the answer."""
         if token_id in self._end_ids:
             return "end"
         # Special tokens in the middle of an answer are not text.

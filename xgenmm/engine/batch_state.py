@@ -31,14 +31,14 @@ class BatchState:
         self._active = zeros(num_slots)  # 1 in slots that sample a token at each step
         self._step = zeros(num_slots)  # tokens sampled so far
         self._seen = zeros(num_slots, vocab, dtype=torch.bool)
-        # One more than the tokens of an answer: a step may begin before the host sees the last.
+        # One more than an answer has tokens: a step may begin before the host sees the last one.
         max_steps = int(LIMITS["max_new_tokens"][1]) + 1
         self._noise = zeros(num_slots, max_steps, dtype=torch.float32)
         self._settings = SamplingMetadata.from_params([SamplingParams()] * num_slots, device)
         self._params: dict[int, SamplingParams] = {}
 
     def add_request(self, slot: int, params: SamplingParams, num_computed_tokens: int) -> None:
-        """Prepare a slot for a request of which `num_computed_tokens` are in the cache."""
+        """Prepare a slot for a request with `num_computed_tokens` tokens in the KV cache."""
         self._params[slot] = params
         self.position[slot] = num_computed_tokens
         if params.repetition_penalty != 1:
@@ -51,7 +51,7 @@ class BatchState:
             getattr(batch, name)[slot] = getattr(one, name)[0]
 
     def activate(self, slot: int) -> None:
-        """From now on the slot samples a token at each step."""
+        """Let the slot sample a token at each step from now on."""
         self._active[slot] = 1
 
     def remove(self, slot: int) -> None:

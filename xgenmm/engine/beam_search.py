@@ -67,7 +67,7 @@ class BeamSearch:
 
     def best(self) -> list[int]:
         """Token ids of the best answer, with its end token if it has one. Needs `finished`."""
-        # Of equals the last, since `transformers` pops from a stable ascending sort.
+        # The last one of a tie, since `transformers` pops from a stable ascending sort.
         return sorted(self._ended, key=itemgetter(0))[-1][1]
 
     def _candidates(self, log_probs: Tensor) -> list[tuple[float, int, int]]:
@@ -98,7 +98,7 @@ class BeamSearch:
             self.finished = True
 
     def _add(self, total: float, tokens: list[int]) -> None:
-        """Keep an answer if it is among the `num_beams` best; of equals, the first one stays."""
+        """Keep an answer if it is among the `num_beams` best; in a tie, the first one stays."""
         score = total / self._length
         if len(self._ended) == self.num_beams:
             worst = min(self._ended, key=itemgetter(0))

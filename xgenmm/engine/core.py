@@ -1,4 +1,4 @@
-"""One iteration of the engine: lets the scheduler decide, the runner compute, and hands out output.
+"""One iteration of the engine: the scheduler decides, the runner computes, output is delivered.
 
 On a GPU, a decode step begins before the host has seen the tokens of the step before, so that the
 device never waits for the host. A request that has finished then computes one more token, which is
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 
 class EngineCore:
-    """Answers requests, one `step` at a time. For a single thread.
+    """Answers requests, one `step` at a time. Not thread-safe.
 
     Args:
         end_ids: the tokens that end a beam.
-        num_slots: requests (or beams) in the batch.
+        num_slots: maximum number of requests (or beams) in the batch.
         cache_bytes: memory for image features and prefixes of earlier requests.
     """
 
@@ -133,7 +133,7 @@ class EngineCore:
                 self._step_outputs.append(runner.sample_first(request, logits, mask))
 
     def _decode(self) -> None:
-        """Begin a decode step, and hand out the output of earlier ones."""
+        """Begin a decode step, and process the output of earlier ones."""
         overlapped = self.scheduler.overlapped_steps
         if not overlapped:
             self._process_outputs()
@@ -165,7 +165,7 @@ class EngineCore:
         return masks
 
     def _process_outputs(self, keep: int = 0) -> None:
-        """Hand out the output of all steps but the newest `keep`, which may still be running."""
+        """Process the output of all steps but the newest `keep`, which may still be running."""
         while len(self._step_outputs) > keep:
             output = self._step_outputs.popleft()
             requests = [request for request, _ in output.requests]
@@ -188,7 +188,7 @@ class EngineCore:
             self.output.finish_beams(request, answer)
 
     def _run_guarded(self, requests: Sequence[EngineRequest], work: Callable[[], T]) -> T | None:
-        """Run `work` for these requests. If it fails, they fail and the engine goes on."""
+        """Run `work` for these requests. If it raises, they fail and the engine continues."""
         try:
             return self.runner.retry_out_of_memory(work)
         except Exception as error:

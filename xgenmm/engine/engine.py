@@ -1,6 +1,6 @@
 """The engine: checks a request, makes its prompt and tiles, and streams the answer.
 
-Knows nothing of Cog or HTTP. The work for many requests at once is done by an `EngineThread`.
+Knows nothing about Cog or HTTP. An `EngineThread` does the work for many requests at once.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ class Engine:
 
     Args:
         model: on its device, with its weights.
-        max_num_seqs: requests answered at once, if their key/value cache fits the free memory.
+        max_num_seqs: maximum number of requests answered at once; fewer if their KV cache does not
+            fit half of the free memory.
         cache_bytes: memory for images and prompts cached between requests; by default an eighth
             of the free memory, at most 4 GB.
         scheduler_config: by default the one for the model's device.
@@ -79,7 +80,7 @@ class Engine:
 
         image: an encoded file (the tiles of recent ones are cached), upright RGB, or tiles, which
             are returned as they are.
-        name: what an error calls the image.
+        name: the image's name in error messages.
 
         Raises InputError as `read_image` does.
         """
@@ -137,11 +138,11 @@ class Engine:
         self.stream(Request("", [image], sampling=SamplingParams(max_new_tokens=4))).text()
 
     def check(self) -> None:
-        """Raise EngineError if the engine is dead or stuck. Cheap; for any thread."""
+        """Raise EngineError if the engine is dead or stuck. Cheap; callable from any thread."""
         self._thread.check()
 
     def status(self) -> EngineStatus:
-        """A snapshot of what the engine is doing and has done. For any thread."""
+        """A snapshot of what the engine is doing and has done. May be called from any thread."""
         return self._thread.status()
 
     def close(self) -> None:

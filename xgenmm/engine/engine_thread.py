@@ -20,21 +20,21 @@ from xgenmm.models.xgenmm import XGenMM
 logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 10.0
-"""Maximum time for the current step when the interpreter exits."""
+"""Maximum time to wait for the current step when the interpreter exits."""
 
 _RUNNING: "WeakSet[EngineThread]" = WeakSet()
 
 
 @atexit.register
 def _stop_all() -> None:
-    """A thread that is inside PyTorch when the interpreter exits would abort the process."""
+    """Stop all threads: one inside PyTorch when the interpreter exits would abort the process."""
     for thread in list(_RUNNING):
         thread.close(finish=False)
         thread.join(EXIT_SECONDS)
 
 
 class EngineThread:
-    """Runs an engine in a thread of its own. All methods may be called from any thread.
+    """Runs an `EngineCore` in a separate thread. All methods may be called from any thread.
 
     The arguments are those of `EngineCore`. The thread starts with the first request.
     """
@@ -81,7 +81,7 @@ class EngineThread:
             raise EngineError(f"the engine has made no step for {silent:.0f} s; restart it")
 
     def status(self) -> EngineStatus:
-        """A snapshot; its numbers may be a step apart from each other."""
+        """A snapshot; its numbers may come from successive steps."""
         core = self._core
         totals, caches = core.metrics.totals, core.runner.caches
         running = len(core.scheduler.running)
@@ -128,7 +128,7 @@ class EngineThread:
                 request.sink.end("failed", EngineError(f"the engine stopped: {error!r}"))
 
     def _receive(self) -> bool:
-        """Take new requests, waiting for one if there is nothing else to do. False: stop."""
+        """Take new requests, waiting for one if idle. Returns False if the thread should stop."""
         scheduler = self._core.scheduler
         while True:
             idle = scheduler.idle

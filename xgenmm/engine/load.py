@@ -33,23 +33,24 @@ def load(
     quantize: str | None = None,
     prefill_batches_per_step: int = 1,
 ) -> Engine:
-    """An engine for a released name, `demo`, or a checkpoint folder.
+    """Load an engine from a released name, `demo`, or a checkpoint folder.
 
     Args:
         name_or_folder: see `xgenmm list`.
         device: `cpu`, `cuda` or `cuda:N`; by default the GPU if there is one.
         dtype: of weights and activations; by default bfloat16 on a GPU and float32 on a CPU.
         max_num_seqs: maximum number of requests answered at once; others wait. Fewer if their
-            key/value cache does not fit half of the free memory.
+            KV cache does not fit half of the free memory.
         cache_bytes: memory for images and prompts cached between requests; by default an eighth
             of the free memory, at most 4 GB.
         quantize: `int8` or `fp8` for the decoder's linear layers; by default neither.
         prefill_batches_per_step: batches of images or prompt chunks between two decode steps. One
-            keeps streams even; more raise the throughput.
+            keeps streams even; more raise throughput.
 
     Raises:
         CheckpointError: the checkpoint is missing or broken; the message says how to get it.
-        InputError: a device, dtype or quantization that is not available, or no slots.
+        InputError: the device, dtype or quantization is not available, or `max_num_seqs` is less
+            than 1.
     """
     if max_num_seqs < 1:
         raise InputError("max_num_seqs", f"must be at least 1, not {max_num_seqs}")
@@ -82,7 +83,7 @@ def _load_model(
     quantize: str | None,
     max_num_seqs: int,
 ) -> XGenMM:
-    """Read the weights; on a GPU, compile the decode kernels in another thread meanwhile."""
+    """Read the weights and, on a GPU, compile the decode kernels at the same time."""
     with torch.device("meta"):
         model = XGenMM(config)
     with ThreadPoolExecutor(1) as executor:
@@ -102,7 +103,9 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise InputError("device", f"{wanted!r} is not one; use cpu, cuda or cuda:N") from error
+        raise InputError(
+            "device", f"{wanted!r} is not a device; use cpu, cuda or cuda:N"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device", f"{wanted} is not available: PyTorch finds no GPU; use cpu")
     return device

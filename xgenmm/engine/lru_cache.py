@@ -7,11 +7,11 @@ import cachetools
 
 
 class Sized(Protocol):
-    """Anything that knows its size in memory, such as a tensor."""
+    """Anything with a size in memory, such as a tensor."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
 
 
 Item = TypeVar("Item", bound=Sized)
@@ -39,14 +39,15 @@ class LRUCache(Generic[Item]):
         return key in self._items
 
     def get(self, key: bytes) -> Item | None:
-        """The item, marked as used most recently, or None."""
+        """Return the item and mark it as most recently used, or return None."""
         with self._lock:
             return self._items.get(key)
 
     def put(self, key: bytes, item: Item) -> None:
         """Cache an item under a new key, unless it alone exceeds `max_bytes`.
 
-        The item must own its memory: the size of a view says nothing of what it keeps alive.
+        The item must own its memory: the size of a view is not that of the memory it keeps
+        alive.
         """
         if item.nbytes > self.max_bytes:
             return

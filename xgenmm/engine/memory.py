@@ -14,7 +14,7 @@ MAX_CACHE_BYTES = 4 << 30
 
 
 def fitting_slots(model: XGenMM, wanted: int) -> int:
-    """At most `wanted` batch slots, whose key/value cache fits half of the free memory."""
+    """How many of `wanted` slots fit a decode step and half of the free memory; at least 1."""
     decoder = model.config.decoder
     position_bytes = 2 * decoder.num_layers * decoder.hidden_size * model.dtype.itemsize
     slot_bytes = position_bytes * (decoder.max_positions + 1)
@@ -29,7 +29,7 @@ def fitting_slots(model: XGenMM, wanted: int) -> int:
 
 
 def default_cache_bytes(model: XGenMM) -> int:
-    """Memory for the caches between requests: an eighth of what is free, at most 4 GB."""
+    """Memory for what is cached between requests: an eighth of what is free, at most 4 GB."""
     return min(MAX_CACHE_BYTES, _free_bytes(model.device) // 8)
 
 

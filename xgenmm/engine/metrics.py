@@ -54,7 +54,7 @@ class Metrics:
         self.totals["output_tokens"] += usage.output_tokens
 
     def resume(self) -> None:
-        """Work arrives after an idle time, which does not count towards the next summary."""
+        """After idle time, let at most one interval of it count towards the next summary."""
         self._since = max(self._since, time.monotonic() - self._summary_seconds)
 
     def log_summary(self, running: int, waiting: int) -> None:

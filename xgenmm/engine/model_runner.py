@@ -1,6 +1,6 @@
-"""Runs what the scheduler decided: the model, its key/value cache and the state of the batch.
+"""Runs what the scheduler decided: the model, its KV cache and the state of the batch.
 
-Each request owns one slot, a row of the key/value cache (with beams, one slot per beam). Shapes are
+Each request owns one slot, a row of the KV cache (with beams, one slot per beam). Shapes are
 static except for the number of slots of a step, a power of two, and the number of keys. A decode
 step runs over all slots up to the last one in use. What it writes for idle slots, and for slots
 whose prompt is still being computed, lands at `BatchState.position`, where it is overwritten before
@@ -43,10 +43,10 @@ class StepOutput:
 
 
 class ModelRunner:
-    """The model with everything on its device that belongs to running requests.
+    """The model and, on its device, the state of running requests.
 
     Args:
-        num_slots: rows of the key/value cache.
+        num_slots: rows of the KV cache.
         cache_bytes: memory for image features and prefixes of earlier requests.
     """
 
@@ -63,7 +63,7 @@ class ModelRunner:
     def retry_out_of_memory(self, work: Callable[[], T]) -> T:
         """Run `work`; if memory runs out, drop the caches and run it once more.
 
-        Methods of this class can be repeated until they return.
+        This is safe because a method of this class that has raised can be called again.
         """
         try:
             return work()
@@ -104,7 +104,7 @@ class ModelRunner:
         """Encode images, cache the features and give them to the requests.
 
         The features are vision tokens, unless these depend on the prompt's text (the
-        instruction-aware resampler of v1): then they are the output of the vision encoder.
+        instruction-aware resampler of v1): then they are the output of the vision tower.
         """
         images = list(batch.images.values())
         encoded = self.model.features(images)
@@ -168,7 +168,7 @@ class ModelRunner:
             state.token[slots], state.position[slots], self.kv_cache, batch.num_keys
         )
         tokens = state.sample(slots, apply_token_masks(logits, masks))
-        state.advance(slots)  # last, so that the step can be repeated until then
+        state.advance(slots)  # last, so that a step that fails before can be repeated
         rows = [(request, request.slots[0]) for request in batch.requests]
         return StepOutput(rows, _copy_to_host(tokens), logits)
 

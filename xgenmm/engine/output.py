@@ -1,4 +1,4 @@
-"""Hands out tokens to the requests' sinks, and ends requests."""
+"""Delivers tokens to the requests' output sinks, and ends requests."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class OutputProcessor:
     """Passes output on and releases what a finished request holds.
 
-    unfinished: the accepted requests whose sink has not been told the end. Other threads may read
+    unfinished: the accepted requests whose sink has not received `end`. Other threads may read
         it and add to it.
     """
 
@@ -78,9 +78,9 @@ class OutputProcessor:
     def finish(
         self, request: EngineRequest, reason: StopReason, error: Exception | None = None
     ) -> None:
-        """Release everything the request holds and tell its sink, once.
+        """Release everything the request holds and end its sink, once.
 
-        The sink is told even if the release fails, for example after a CUDA error.
+        The sink is ended even if the release fails, for example after a CUDA error.
         """
         if request not in self.unfinished:
             return

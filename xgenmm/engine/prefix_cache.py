@@ -24,7 +24,7 @@ class PrefixCache:
         self.blocks: LRUCache[torch.Tensor] = LRUCache(max_bytes)
 
     def restore(self, hashes: Sequence[bytes], kv_cache: KVCache, slot: int) -> int:
-        """Copy the leading blocks that are cached into a slot; returns the number of positions."""
+        """Copy the leading cached blocks into a slot; returns the number of positions copied."""
         length = 0
         for block_hash in hashes:
             block = self.blocks.get(block_hash)  # [2, layers, heads, BLOCK_SIZE, head_dim]

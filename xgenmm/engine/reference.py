@@ -30,7 +30,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield the token ids of the answer, at most `max_tokens`, until `cancelled()`.
 
-    Without beams, tokens are yielded as they are sampled, also after an end token; the caller has
+    Without beams, tokens are yielded as they are sampled, even after an end token; the caller has
     to stop. With beams, the whole answer is yielded at the end, its end token included.
 
     Args:

@@ -85,7 +85,7 @@ class OutputSink(Protocol):
         """Whether the caller no longer wants the answer."""
 
     def token(self, token_id: int) -> StopReason | None:
-        """Take the next token. Returns the reason if the answer is complete with it."""
+        """Take the next token. Returns the stop reason if it completes the answer."""
 
     def chosen(self, index: int, probabilities: Sequence[float]) -> None:
         """Take the index of the most likely choice, and the probability of each choice."""

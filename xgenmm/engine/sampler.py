@@ -55,7 +55,7 @@ class SamplingMetadata:
 def uniform_noise(params: SamplingParams) -> Tensor:
     """A uniform number in [0, 1) for each token of a request: float32 [max_new_tokens], on the CPU.
 
-    With a larger `max_new_tokens` the numbers start the same, and so does the answer.
+    A larger `max_new_tokens` only appends numbers, so the answer starts the same.
     """
     generator = torch.Generator()
     if params.seed is None:
@@ -92,7 +92,7 @@ def sample_tokens(logits: Tensor, settings: SamplingMetadata, noise: Tensor) -> 
 
     Args:
         logits: [rows, vocab] of any float type, with at least one finite value in each row.
-        settings: rows of temperature 0 take the most likely token (of equals, the first).
+        settings: rows of temperature 0 take the most likely token (the first of a tie).
         noise: float32 [rows] in [0, 1), each request's `uniform_noise` for this step.
     """
     greedy = logits.argmax(dim=-1)

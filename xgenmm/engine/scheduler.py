@@ -2,7 +2,7 @@
 
 A request waits until enough batch slots are free, one for each of its beams, and keeps them until
 it finishes. Between two decode steps, which serve all decoding requests at once, the engine runs a
-limited amount of prefill work: one batch of images to encode, or one batch of prompt chunks. So the
+limited amount of prefill work: a batch of images to encode, or a batch of prompt chunks. So the
 time between two tokens of a stream has a bound that does not depend on how much is waiting.
 """
 
@@ -19,12 +19,12 @@ class SchedulerConfig:
     """Limits of the work between two decode steps, and the intervals of the engine's loop.
 
     prefill_batches_per_step: batches of images or prompt chunks between two decode steps. One keeps
-        streams even; more raise the throughput.
+        streams even; more raise throughput.
     max_chunk_tokens: prompt positions of one batch of chunks, padding included.
     max_encode_tiles: tiles of one batch of images. For the released models, 6 tiles cost about as
         much as 512 positions.
     max_idle_encode_tiles: the same while no request is decoding.
-    overlapped_steps: decode steps that are begun before the tokens of earlier ones reach the host.
+    overlapped_steps: decode steps that begin before the tokens of earlier ones reach the host.
     stall_seconds: a busy engine without a step for this long counts as stuck.
     summary_seconds: interval of activity between two summaries in the log.
     """
@@ -103,7 +103,7 @@ class Scheduler:
     """The waiting and running requests of an engine, and the free batch slots.
 
     Args:
-        num_slots: rows of the batch, and so of the key/value cache.
+        num_slots: rows of the batch, and so of the KV cache.
         config: limits of each batch.
         padded_length: length to which the model pads a prompt chunk.
     """
@@ -128,14 +128,14 @@ class Scheduler:
 
     @property
     def decoding(self) -> list[EngineRequest]:
-        """The running requests whose prompt is computed."""
+        """The running requests whose prompt has been computed."""
         return [request for request in self.running if request.decoding]
 
     @property
     def overlapped_steps(self) -> int:
-        """Decode steps that may be begun before the host has seen the tokens of earlier ones.
+        """Decode steps that may begin before the host has seen the tokens of earlier ones.
 
-        None if a request has a grammar or beams: both need a token to prepare the next step.
+        0 if a request has a grammar or beams: both need a token to prepare the next step.
         """
         for request in self.decoding:
             if request.grammar is not None or request.beam_search is not None:
@@ -150,7 +150,7 @@ class Scheduler:
         """Move waiting requests to free slots, in order of arrival, and yield each.
 
         A request gets the lowest free slots, because a decode step runs over all slots up to the
-        last one in use. Slots freed during the iteration are given out too.
+        last one in use. Slots freed during the iteration are reused.
         """
         while self.waiting and len(self.free_slots) >= self.waiting[0].num_slots:
             request = self.waiting.popleft()
@@ -176,7 +176,7 @@ class Scheduler:
         return [request for request in [*self.running, *self.waiting] if request.sink.cancelled]
 
     def prefill_work(self) -> EncodeBatch | PrefillBatch | None:
-        """The next work for requests that are not decoding yet, chosen by the oldest of them."""
+        """The next work for requests that are not decoding yet; the oldest determines its kind."""
         oldest = next((request for request in self.running if not request.decoding), None)
         if oldest is None:
             return None

@@ -7,8 +7,8 @@ class StopStringChecker:
     """Passes streamed text on until it contains one of the stop sequences.
 
     The stop sequence and everything after it are dropped, however the text is split. The sequence
-    that is complete first counts, and the longest of those complete at the same character. Text
-    that may be the beginning of a stop sequence is held back.
+    that ends first counts; of several that end at the same character, the longest. Text that may
+    be the beginning of a stop sequence is held back.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -18,7 +18,7 @@ class StopStringChecker:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Take the next piece of text; returns the text that can be passed on, perhaps ""."""
+        """Take the next piece of text; returns the text that can be passed on, possibly ""."""
         if self.stopped:
             return ""
         # Held-back text is shorter than the longest stop sequence, so the search is bounded.

@@ -1,8 +1,8 @@
 """Structured output: from a JSON schema to a mask of the tokens that may come next.
 
-Knows nothing of models, requests or sampling. llguidance does the parsing. This module gives it the
-bytes of each token as `Detokenizer` renders them, rejects schemas that it would not fully enforce,
-and completes the JSON before an answer reaches its token limit.
+Knows nothing about models, requests or sampling. llguidance does the parsing. This module gives it
+the bytes of each token as `Detokenizer` renders them, rejects schemas that it would not fully
+enforce, and completes the JSON before an answer reaches its token limit.
 
 The output is JSON on one line, with at most one space after a comma or a colon and with properties
 in the schema's order. A number stops after 15 characters if it may: a double holds that many
@@ -130,7 +130,7 @@ class Grammar:
         return self._calm(allowed) if self.limited else allowed
 
     def advance(self, token: int) -> None:
-        """Append a token that the mask allowed. Raises ValueError for another one."""
+        """Append a token that the mask allowed. Raises ValueError for any other."""
         if not self._matcher.consume_token(token):
             raise ValueError(f"token {token} is not allowed after {self._text!r}")
         self._text += self._compiler.texts[token]
@@ -199,7 +199,7 @@ def _rank(text: bytes) -> float:
     """How quickly a token outside of a string leads to complete JSON; higher is quicker."""
     if text and not text.strip(b"]}"):
         return 1e6 + len(text)
-    # 0 is the last digit because a bound may exclude it. Then true, false and null, and at last
+    # 0 is the last digit because a bound may exclude it. Then true, false and null, and finally
     # arrays and objects.
     if len(text) == 1 and (place := b',:"1234567890'.find(text)) >= 0:
         return 1000.0 - place

@@ -1,4 +1,4 @@
-"""Golden cases through the engine, all at once, together with requests of other settings.
+"""Golden cases through the engine, all at once, together with requests with other settings.
 
 `xgenmm.evaluation.parity` checks one case at a time without the engine; this checks that batching
 does not change the results.
@@ -63,7 +63,7 @@ class CollectingSink:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The expected token ids of one request, and those it got in a batch with the others.
+    """The expected token ids of one request, and those generated in a batch with the others.
 
     golden: whether the expected ids come from the golden data.
     """

@@ -1,4 +1,4 @@
-"""The decode step at the speed of the device's memory; `build_decode_step` chooses it.
+"""The fastest decode step for a device, chosen by `build_decode_step`.
 
 On a GPU: `KernelDecodeStep`, captured as one CUDA graph per bucket of batch sizes, with a static
 cache and static inputs, and replayed without waiting for the device. On a CPU: `XGenMM.decode`, the
@@ -50,7 +50,7 @@ def build_decode_step(model: XGenMM, cache: KVCache) -> Decode:
         tokens: torch.Tensor, positions: torch.Tensor, used_cache: KVCache, length: int
     ) -> torch.Tensor:
         if used_cache is not cache:
-            raise ValueError("cache: not the one that the decode step was built for")
+            raise ValueError("cache: the decode step was built for another cache; pass that one")
         return graphs.decode(tokens, positions)
 
     return decode
@@ -61,7 +61,7 @@ def compile_kernels(
 ) -> None:
     """Compile the kernels that `build_decode_step` needs on a GPU, or load them from the cache.
 
-    Only sizes are needed, so this can run while the weights are read. Later launches on the
+    This needs only sizes, so it can run while the weights are read. Later launches on the
     current device find the kernels in memory.
 
     Args:
@@ -147,7 +147,7 @@ def cuda_capture() -> Capture:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function()  # warm-up: compiles and allocates what must not happen during capture
+            function()  # warm-up: compile and allocate now, not during capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):

@@ -1,6 +1,6 @@
 """One decode step of the whole decoder with the kernels of `triton_ops.py`.
 
-The reference is `XGenMM.decode`: the same mathematics with more launches and more roundings.
+The reference is `XGenMM.decode`: the same computation with more launches and more rounding.
 """
 
 from typing import cast
@@ -18,11 +18,11 @@ FEW_ROWS = 16
 """Up to this batch size reading the weights dominates, and one fused kernel is fastest."""
 
 PROGRAMS = 512
-"""Attention programs needed to fill the device; small batches split each head's keys for it."""
+"""Attention programs that fill the device; small batches split each head's keys to reach it."""
 
 
 class KernelDecodeStep:
-    """A `DecodeStep` over the first rows of a cache, for plain and quantised layers."""
+    """A `DecodeStep` over the first rows of a cache, for plain and quantized layers."""
 
     def __init__(self, model: XGenMM, cache: KVCache) -> None:
         self.model = model
@@ -86,7 +86,7 @@ def project(
 ) -> torch.Tensor:
     """Optional RMSNorm, linear layer, optional SiLU gating, optional residual sum.
 
-    One fused kernel for few rows and for quantised weights; otherwise cuBLAS, which can add the
+    One fused kernel for few rows and for quantized weights; otherwise cuBLAS, which can add the
     residual itself, with separate kernels for norm and gating.
 
     Args:

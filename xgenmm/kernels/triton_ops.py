@@ -6,7 +6,7 @@ the residual sum the epilogue of a linear layer; `rms_norm` and `silu_multiply` 
 sizes at which cuBLAS is faster.
 
 A row with a negative position is padding: its cache is neither read nor written, and its attention
-output is 0. Nothing synchronises with the device and shapes depend on argument shapes only, so
+output is 0. Nothing synchronizes with the device and shapes depend on argument shapes only, so
 everything can be captured in a CUDA graph. On a CPU the kernels run in Triton's interpreter
 (TRITON_INTERPRET=1 before the first import), as in the tests; for tensors on the meta device they
 are compiled but not run.
@@ -231,7 +231,7 @@ def linear(
         x: [rows, width], at most `LINEAR_ROWS` rows, contiguous along width.
         weight: [features, width], contiguous along width; a float type, int8 or float8_e4m3fn
             (compute capability 8.9 or higher).
-        scale: float32 [features], factor of each feature's quantised weights.
+        scale: float32 [features], factor of each feature's quantized weights.
         norm: [width], weight of an RMSNorm of x with `eps`.
         bias: [features].
         residual: [rows, features], added to the result.
@@ -526,7 +526,7 @@ def attend(
 
 @triton.jit
 def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Normalise one row."""
+    """Normalize one row."""
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     mask = k < WIDTH

@@ -14,7 +14,7 @@ from xgenmm.config import Size, TilingConfig
 
 
 def normalize(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) -> torch.Tensor:
-    """Scale pixels to [0, 1] and normalise them by mean and standard deviation.
+    """Scale pixels to [0, 1] and normalize them by mean and standard deviation.
 
     uint8 [tiles, tile_size, tile_size, 3] -> `dtype` [tiles, 3, tile_size, tile_size], on the
     device of the pixels.

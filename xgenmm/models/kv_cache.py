@@ -1,4 +1,4 @@
-"""Static key/value cache of the decoder, and the part of it that one forward pass uses."""
+"""Static KV cache of the decoder, and the part of it that one forward pass uses."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from xgenmm.config import DecoderConfig
 class KVCache:
     """Keys and values of every layer, [layers, rows, heads, max_length, head_dim] each.
 
-    A token is stored at the index of its position. The caller keeps the length of each row;
+    A token is stored at the index of its position. The caller tracks the length of each row;
     whatever lies beyond it is never attended to, so rows are reused without clearing them.
     """
 

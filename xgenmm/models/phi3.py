@@ -1,4 +1,4 @@
-"""Phi-3 decoder with a static key/value cache and xGen-MM's additional tokens.
+"""Phi-3 decoder with a static KV cache and xGen-MM's additional tokens.
 
 Plain PyTorch: the reference implementation and the CPU path. Parameter names are those of the
 released checkpoints (`vlm.lang_model.*`). The additional tokens (`<image>` and two others) have
@@ -51,7 +51,7 @@ class AttentionInputs:
 
     Attributes:
         rotary: cosine and sine of the tokens' positions, from `rotary_angles`.
-        mask: bool [batch, 1, t, keys], True where a token attends to a key; None is all keys.
+        mask: bool [batch, 1, t, keys], True where a token attends to a key; None means all keys.
         is_causal: each token attends to itself and to the tokens before it in this pass. The cache
             is then written but not read.
         cache: None for a pass without a cache, whose tokens attend to one another only.
@@ -199,7 +199,7 @@ class Phi3Decoder(nn.Module):
     def _window(
         self, positions: torch.Tensor, length: int, start: int | None
     ) -> tuple[torch.Tensor | None, slice, bool]:
-        """Sliding-window attention as (mask, readable range, is_causal), maskless if possible."""
+        """Sliding-window attention as (mask or None, readable range, is_causal)."""
         tokens, window = positions.shape[1], self.config.window_keys
         if start is not None and tokens == 1:
             return None, slice(max(0, start + 1 - window), start + 1), False

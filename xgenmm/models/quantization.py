@@ -1,8 +1,8 @@
-"""Weight-only quantisation of the decoder's linear layers to int8 or fp8.
+"""Weight-only quantization of the decoder's linear layers to int8 or fp8.
 
-Each output feature has its own scale; activations are not quantised. Embeddings, output layer,
-vision tower and resampler keep their precision: they are a seventh of the weights and the most
-sensitive ones. Weights are quantised one tensor at a time as a checkpoint is read, so the device
+Each output feature has its own scale; activations are not quantized. Embeddings, output layer,
+vision tower and resampler keep their precision: they are a sixth of the weights and the most
+sensitive ones. Weights are quantized one tensor at a time as a checkpoint is read, so the device
 never holds the whole model at full precision.
 """
 
@@ -20,7 +20,7 @@ from xgenmm.errors import InputError
 QUANTIZATIONS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 _LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-_MAX_PACKED_ROWS = 16  # above, a CPU is faster with dequantised weights than with its int8 product
+_MAX_PACKED_ROWS = 16  # above, a CPU is faster with dequantized weights than with its int8 product
 
 
 class QuantizedLinear(nn.Module):
@@ -63,7 +63,7 @@ def check_quantization(kind: str, device: torch.device) -> None:
 
 
 def quantize_weight(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a float weight [features, width]; return it and its scales, float32 [features]."""
+    """Quantize a float weight [features, width]; return it and its scales, float32 [features]."""
     dtype, largest = QUANTIZATIONS[kind]
     weight = weight.float()
     scale = weight.abs().amax(dim=1).clamp(min=1e-12) / largest
@@ -72,9 +72,9 @@ def quantize_weight(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torc
 
 
 def quantized_state(name: str, tensor: torch.Tensor, kind: str | None) -> dict[str, torch.Tensor]:
-    """Return the state-dict entries of a quantised model for the checkpoint's tensor `name`.
+    """Return the state-dict entries of a quantized model for the checkpoint's tensor `name`.
 
-    Tensors that are not quantised, and all tensors if `kind` is None, are returned as they are.
+    Tensors that are not quantized, and all tensors if `kind` is None, are returned as they are.
     """
     layer, _, parameter = name.rpartition(".")
     if kind is None or parameter != "weight" or layer.split(".")[-1] not in _LAYERS:
@@ -84,7 +84,7 @@ def quantized_state(name: str, tensor: torch.Tensor, kind: str | None) -> dict[s
 
 
 def quantize_linear_layers(decoder: nn.Module, kind: str) -> None:
-    """Replace each linear layer of the decoder by a `QuantizedLinear` with its quantised weights.
+    """Replace each linear layer of the decoder by a `QuantizedLinear` with its quantized weights.
 
     On the meta device this gives the module that a state dict of `quantized_state` entries fits.
     """
@@ -99,7 +99,7 @@ def quantize_linear_layers(decoder: nn.Module, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the logits of a quantised model are from those of the original.
+    """How far the logits of a quantized model are from those of the original.
 
     Attributes:
         relative: norm of the difference over the norm of the original logits, with each row's mean
@@ -114,7 +114,7 @@ class Drift:
 
 
 def drift(exact: torch.Tensor, found: torch.Tensor) -> Drift:
-    """Compare original logits with those of the quantised model, [..., vocab], for one input."""
+    """Compare original logits with those of the quantized model, [..., vocab], for one input."""
     exact, found = exact.double(), found.double()
     centred = exact - exact.mean(-1, keepdim=True)
     difference = found - found.mean(-1, keepdim=True) - centred

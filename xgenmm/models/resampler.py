@@ -91,7 +91,7 @@ class PerceiverResampler(nn.Module):
             mask: bool [tiles, n], False for padding. Used only if the configuration is `masked`:
                 v1 instruct was trained with attention to padding. Latents are never masked.
             text: [length, decoder_width], embeddings of the prompt. The first `text_tokens` of
-                them are projected and appended to the latents as further queries, in all layers
+                them are projected and appended to the latents as additional queries in all layers
                 (instruction-aware resampler only).
 
         Returns [tiles, num_latents, decoder_width].

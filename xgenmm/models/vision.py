@@ -1,4 +1,4 @@
-"""Vision towers: normalised tiles -> patch features.
+"""Vision towers: normalized tiles -> patch features.
 
 SigLIP (v1.5) comes from `transformers`, ViT-H (v1) from `open_clip` (`vision_open_clip.py`). Both
 are built without weights, under the released parameter names (`vlm.vision_encoder.*`).

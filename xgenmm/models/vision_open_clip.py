@@ -1,6 +1,6 @@
 """The vision tower of v1, from `open_clip`.
 
-A module of its own, because `open_clip` and the torchvision it needs are not always installed.
+A separate module, because `open_clip` and the torchvision it needs are not always installed.
 """
 
 from functools import partial

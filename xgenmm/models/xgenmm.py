@@ -1,6 +1,6 @@
 """XGenMM: vision tower, resampler and decoder composed into one model.
 
-Stateless: callers own the key/value cache and the decode loop.
+Stateless: callers own the KV cache and the decode loop.
 """
 
 from collections.abc import Sequence
@@ -213,14 +213,14 @@ class XGenMM(nn.Module):
     ) -> list[torch.Tensor]:
         """Compute the logits along several continuations of one row, in one pass.
 
-        All continuations are written behind the row's end, where there must be room for them, and
+        All continuations are written after the end of the row, which must have room for them, and
         none attends to another. The row itself is unchanged.
 
         Args:
             continuations: token ids, at least one each.
             start: length of the row.
 
-        Returns for each continuation float32 [its length, initial_vocab + additional]; entry i are
+        Returns for each continuation float32 [its length, initial_vocab + additional]; row i holds
         the logits of the token after its ids 0 to i.
         """
         device = self.device

@@ -14,9 +14,9 @@ class DecodingTable:
     """What each token id decodes to; an id in none of the mappings decodes to nothing.
 
     Attributes:
-        texts: ids of pieces of text, with their spaces.
-        byte_values: ids of byte-fallback pieces, which are parts of a UTF-8 character.
-        separated: ids of special tokens that the slow convention keeps, set off by spaces.
+        texts: the text of each piece, with its spaces.
+        byte_values: the byte of each byte-fallback piece, which is a part of a UTF-8 character.
+        separated: the text of each special token that the slow convention keeps, set off by spaces.
     """
 
     texts: Mapping[int, str]
@@ -30,7 +30,7 @@ class DecodingTable:
         vocabulary: Mapping[int, str],
         added_tokens: Iterable[AddedToken],
     ) -> "DecodingTable":
-        """Decode `vocabulary` (pieces by id) and `added_tokens` as the convention does."""
+        """Build the table of a convention, from pieces by id and added tokens."""
         added = {token.id: token for token in added_tokens}
         pieces = {i: piece for i, piece in vocabulary.items() if i not in added}
         byte_values = {
@@ -90,7 +90,7 @@ class Detokenizer:
 
 
 def _split_incomplete(data: bytes) -> tuple[str, bytes]:
-    """Decode UTF-8 up to a character at the end that further bytes may complete.
+    """Decode UTF-8 up to a character at the end that more bytes may complete.
 
     Bytes that cannot belong to any character become U+FFFD.
     """

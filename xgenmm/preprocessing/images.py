@@ -40,9 +40,9 @@ def read_image(
     """Decode an image to upright RGB.
 
     Animations yield their first frame. Transparent pixels are composited over white: dropping the
-    alpha channel, as the original implementation does, exposes whatever colour the file stores
-    there, often black, and black text on a transparent background disappears. 16-bit grey levels
-    are scaled to 8 bits, not clipped. Colour profiles are ignored.
+    alpha channel, as the original implementation does, exposes whatever color the file stores
+    there, often black, and black text on a transparent background disappears. 16-bit gray levels
+    are scaled to 8 bits, not clipped. Color profiles are ignored.
 
     Args:
         source: the encoded bytes, a path, or a file opened in binary mode.
@@ -139,7 +139,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert 16-bit, 32-bit or float greyscale to 8 bits (mode "L").
+    """Convert 16-bit, 32-bit or float grayscale to 8 bits (mode "L").
 
     White is 65535 for integers and 1.0 for floats. If any value lies outside, the white point is
     unknown and the image's own minimum and maximum become black and white. NaN and infinity

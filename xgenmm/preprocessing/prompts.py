@@ -113,7 +113,7 @@ def chat_prompt(
 
     Args:
         images: number of images.
-        system_prompt: None is `DEFAULT_SYSTEM_PROMPT`; "" omits the system turn.
+        system_prompt: None means `DEFAULT_SYSTEM_PROMPT`; "" omits the system turn.
         messages: the earlier turns, alternating user and assistant.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Any-resolution tiling: an image is cut into tiles of the vision encoder's input size.
+"""Any-resolution tiling: an image is cut into tiles of the vision tower's input size.
 
 Pure functions of an image and a `TilingConfig`, without PyTorch. Sizes are (width, height) in
 pixels, grids are (columns, rows) in tiles. Follows the original `Blip3ImageProcessor`, whose
@@ -71,7 +71,7 @@ def select_best_resolution(size: Size, grids: Sequence[Size]) -> Size:
 
 
 def resize_and_pad(image: Image.Image, canvas_size: Size) -> Image.Image:
-    """Resize an image to fit the canvas, keeping its aspect ratio, and centre it on black.
+    """Resize an image to fit the canvas, keeping its aspect ratio, and center it on black.
 
     Rounds as the original does: the new size up, the offset down. The filter is Pillow's default
     (bicubic).
@@ -89,7 +89,7 @@ def resize_and_pad(image: Image.Image, canvas_size: Size) -> Image.Image:
 
 
 def _resize_to_tile(image: Image.Image, config: TilingConfig, tile_size: int) -> Image.Image:
-    """Resize the whole image to one tile; mode "pad" first pads it to a square of mean colour."""
+    """Resize the whole image to one tile; mode "pad" first pads it to a square of mean color."""
     if config.mode == "pad" and image.width != image.height:
         side = max(image.size)
         mean = tuple(int(255 * value) for value in config.mean)

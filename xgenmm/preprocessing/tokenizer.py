@@ -37,7 +37,7 @@ class SpecialToken(str):
 
 
 Segment = str | SpecialToken
-"""One part of a prompt: a special token, or text, in which special tokens are not recognised."""
+"""One part of a prompt: a special token, or text, in which special tokens are not recognized."""
 
 
 class Tokenizer:
@@ -99,7 +99,7 @@ class Tokenizer:
             raise KeyError(f"{token!r} is not one of the special tokens {names}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Encode trusted text, recognising every special token in it.
+        """Encode trusted text, recognizing every special token in it.
 
         Prompts that contain user text must go through `encode_segments`.
         """

@@ -26,7 +26,7 @@ SPACE = "▁"
 """What SentencePiece writes for a space."""
 
 _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token")
-# A serialised NormalizerSpec(add_dummy_prefix=False). Protocol buffers merge appended fields, so
+# A serialized NormalizerSpec(add_dummy_prefix=False). Protocol buffers merge appended fields, so
 # this disables SentencePiece's own prefix without a protobuf library.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -53,7 +53,7 @@ class AddedToken:
 def read_vocabulary(folder: Path, convention: Convention) -> tuple[Encode, dict[int, str]]:
     """Read the encoder for plain text, and every SentencePiece piece by its id.
 
-    The encoder knows no added tokens, and adds the `▁` prefix in the fast convention only.
+    The encoder does not know added tokens, and adds the `▁` prefix in the fast convention only.
 
     Raises:
         FileNotFoundError: the folder lacks the files that the convention needs.
@@ -151,9 +151,9 @@ def _read_sentencepiece(path: Path) -> tuple[Encode, dict[int, str]]:
 
 
 def _read_tokenizer_json(path: Path, convention: Convention) -> tuple[Encode, dict[int, str]]:
-    """The same from a `tokenizer.json`, with its added tokens removed.
+    """Read the same from a `tokenizer.json`, ignoring its added tokens.
 
-    For the slow convention its normaliser is replaced by one that adds no prefix, which makes its
+    For the slow convention its normalizer is replaced by one that adds no prefix, which makes its
     ids those of `tokenizer.model`.
     """
     description = read_json_object(path)

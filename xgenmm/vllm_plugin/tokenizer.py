@@ -19,7 +19,7 @@ class VllmTokenizer(TokenizerLike):
     tokenizer, config: the package's own, for `PromptRenderer`.
     """
 
-    is_fast = True  # or vLLM puts spaces between special tokens when it decodes
+    is_fast = True  # else vLLM puts spaces between special tokens when it decodes
     truncation_side = "left"
     # By this attribute xgrammar, which vLLM uses for structured output, recognizes SentencePiece's
     # spelling of spaces and bytes (`▁`, `<0x0A>`).
@@ -41,7 +41,7 @@ class VllmTokenizer(TokenizerLike):
 
     @property
     def eos_token_id(self) -> int:
-        """The id that ends an answer; `generation_config.json` may name further ones."""
+        """The id that ends an answer; `generation_config.json` may name others."""
         return self.tokenizer.id(self.config.text.stop_tokens[0])
 
     @property
@@ -131,9 +131,9 @@ class VllmTokenizer(TokenizerLike):
     ) -> list[str]:
         """Return the pieces of ids; without special tokens, only those after the last one.
 
-        vLLM detokenizes an answer behind the end of its prompt. Text after a special token is a
-        text of its own, so its first piece must lose the space of its `▁`, and would keep it if
-        pieces of the prompt came before.
+        vLLM detokenizes an answer together with the end of its prompt. Text after a special token
+        starts anew: its first piece must lose the space of its `▁`, which it would keep if pieces
+        of the prompt preceded it.
         """
         if skip_special_tokens:
             special_indices = [i for i, id_ in enumerate(ids) if id_ in self._special_ids]
