@@ -1,4 +1,4 @@
-"""Fixtures of several test modules: Cog's server with the demo checkpoint, and a file server."""
+"""Fixtures shared by test modules: Cog's server with the demo checkpoint, and a file server."""
 
 import threading
 from collections.abc import Iterator

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.paths import DEMO
 from xgenmm.checkpoints.registry import read_config, releases
 from xgenmm.config import GRIDS_384, INTERLEAVE, RELEASES, ConfigError, from_json
 from xgenmm.errors import CheckpointError
 
-# As released: the base model's config.json says any-resolution all the same.
+# As released: the base model's config.json also says any-resolution, although it has one tile.
 RELEASED: dict[str, Any] = {
     "architectures": ["XGenMMModelForConditionalGeneration"],
     "text_config": {"initial_tokenizer_len": 32012, "model_type": "phi3", "sliding_window": 2047},
@@ -36,7 +37,7 @@ def test_every_release_has_a_configuration() -> None:
     assert set(releases()) == {*RELEASES, "demo"}
 
 
-def test_folder_of_unknown_name_is_recognized_by_its_files() -> None:
+def test_folder_with_an_unknown_name_is_recognised_by_its_files() -> None:
     v1 = RELEASED | {"architectures": ["Blip3ModelForConditionalGeneration"]}
     assert from_json(RELEASED, {"grids": GRIDS}) == RELEASES[INTERLEAVE]
     assert from_json(RELEASED, {"grids": None}) == RELEASES[BASE]
@@ -46,7 +47,7 @@ def test_folder_of_unknown_name_is_recognized_by_its_files() -> None:
         from_json({"model_type": "llama"}, {})
 
 
-def test_stated_sizes_take_precedence() -> None:
+def test_sizes_in_the_files_take_precedence() -> None:
     stated = RELEASED | {"text_config": {"num_hidden_layers": 2, "initial_tokenizer_len": 500}}
     config = from_json(stated, {"grids": [[42, 84]], "image_mean": [0, 0, 0]})
     assert config.decoder.num_layers == 2
@@ -64,7 +65,7 @@ def test_folder_name_selects_the_release(tmp_path: Path, folder: str) -> None:
     assert read_config(tmp_path / folder) == expected
 
 
-def test_missing_or_broken_configuration(tmp_path: Path) -> None:
+def test_missing_or_malformed_configuration_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"it has no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
@@ -76,7 +77,7 @@ def test_missing_or_broken_configuration(tmp_path: Path) -> None:
 
 
 def test_demo_is_marked_as_a_demonstration() -> None:
-    config = read_config(Path(__file__).resolve().parent.parent / "weights" / "demo")
+    config = read_config(DEMO)
     assert config.demo
     assert config.text == RELEASES[INTERLEAVE].text
     assert config.decoder.window_keys == 2048

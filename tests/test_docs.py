@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import DEMO, ROOT
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
+def test_links_point_to_existing_files(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
 
@@ -20,7 +21,7 @@ def test_named_files_exist(page: Path) -> None:
     names = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|json|yaml|toml))`", page.read_text())
     roots = (ROOT, ROOT / "xgenmm", ROOT / "weights", page.parent)
     generated = {"manifest.json", "releases.lock.json", "_settings.json"}
-    checkpoint_files = {path.name for path in (ROOT / "weights" / "demo").iterdir()}
+    checkpoint_files = {path.name for path in DEMO.iterdir()}
     missing = [
         name
         for name in names

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import DEMO, ROOT
 from xgenmm.checkpoints.registry import releases
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "weights" / "demo"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -61,7 +60,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(environment: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the environment in it, without variables that lead to this checkout."""
+    """Run a program of the environment, without variables that point to this checkout."""
     ours = ("PYTHON", "XDG", "XGENMM")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(
@@ -108,13 +107,13 @@ def test_wheel_has_complete_metadata(wheel: Path) -> None:
     assert "[vllm.general_plugins]\nxgenmm = xgenmm.vllm_plugin:register\n" in entry_points
 
 
-def test_import_outside_of_a_checkout(environment: Path) -> None:
+def test_package_is_imported_outside_of_a_checkout(environment: Path) -> None:
     done = run(environment, "python", "-c", "import xgenmm; print(xgenmm.__file__)")
     assert Path(done.stdout.strip()).is_relative_to(environment.parent / "lib"), done.stderr
 
 
 @pytest.mark.parametrize("program", [("xgenmm",), ("python", "-m", "xgenmm")])
-def test_list_outside_of_a_checkout(environment: Path, program: tuple[str, ...]) -> None:
+def test_list_works_outside_of_a_checkout(environment: Path, program: tuple[str, ...]) -> None:
     done = run(environment, *program, "list")
     assert done.returncode == 0, done.stderr
     for name in releases():
@@ -122,12 +121,12 @@ def test_list_outside_of_a_checkout(environment: Path, program: tuple[str, ...])
     assert f"downloads go to {environment / '.cache' / 'xgenmm'} " in done.stdout
 
 
-def test_verify_outside_of_a_checkout(environment: Path) -> None:
+def test_verify_works_outside_of_a_checkout(environment: Path) -> None:
     done = run(environment, "xgenmm", "verify", str(DEMO))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_missing_demo_is_explained(environment: Path) -> None:
+def test_error_for_a_missing_demo_says_where_it_is(environment: Path) -> None:
     done = run(environment, "xgenmm", "verify", "demo")
     assert done.returncode == 1
     cache = environment / ".cache" / "xgenmm"
@@ -145,7 +144,7 @@ engine.close()
 """
 
 
-def test_answer_of_a_checkpoint_given_by_its_path(environment: Path) -> None:
+def test_checkpoint_given_by_its_path_answers(environment: Path) -> None:
     image = DEMO / "examples" / "scene-8.png"
     done = run(environment, "python", "-c", ANSWER, str(DEMO), str(image))
     assert done.stdout.strip() == "STAY", done.stderr

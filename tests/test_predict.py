@@ -117,7 +117,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def start(
     made: Predictor, loop: asyncio.AbstractEventLoop, **inputs: Any
 ) -> tuple[Generator[str, None, None], Future[Any]]:
-    """A prediction's text generator, and the future by which Cog cancels it."""
+    """Start a prediction; returns its text generator and the future that Cog cancels it by."""
     future: Future[Any] = asyncio.run_coroutine_threadsafe(made.predict(**INPUTS | inputs), loop)
     return future.result(WAIT), future
 

@@ -10,7 +10,6 @@ import json
 import re
 import types
 import typing
-from pathlib import Path
 from typing import Any
 
 import cog
@@ -19,11 +18,11 @@ import pytest
 import yaml
 
 from predict import DEFAULT_MODEL, Predictor
+from tests.support.paths import ROOT
 from xgenmm.checkpoints.registry import releases
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 from xgenmm.preprocessing.prompts import DEFAULT_SYSTEM_PROMPT
 
-ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "openapi.json").read_text())
 INPUTS: dict[str, dict[str, Any]] = SCHEMA["components"]["schemas"]["Input"]["properties"]
 PARAMETERS = {
@@ -45,7 +44,7 @@ def json_type(annotation: Any) -> dict[str, Any]:
     return {"type": JSON_TYPES[kind]} | ({"format": "uri"} if kind is cog.Path else {})
 
 
-def test_form_has_the_inputs_in_order() -> None:
+def test_schema_has_the_inputs_in_order() -> None:
     order = sorted(INPUTS, key=lambda name: int(INPUTS[name]["x-order"]))
     assert order == list(PARAMETERS)
     assert order[:5] == ["image", "images", "question", "system_prompt", "max_new_tokens"]
@@ -53,7 +52,7 @@ def test_form_has_the_inputs_in_order() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_form_agrees_with_predict(name: str) -> None:
+def test_schema_agrees_with_predict(name: str) -> None:
     parameter, given = PARAMETERS[name], INPUTS[name]
     field = parameter.default
     expected = json_type(parameter.annotation) | {
@@ -68,16 +67,16 @@ def test_form_agrees_with_predict(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LIMITS if name != "seed"])
-def test_form_has_the_limits_of_the_library(name: str) -> None:
+def test_schema_has_the_limits_of_the_library(name: str) -> None:
     assert (INPUTS[name]["minimum"], INPUTS[name]["maximum"]) == LIMITS[name]
     assert INPUTS[name]["default"] == getattr(SamplingParams(), name)
 
 
-def test_form_shows_the_trained_system_prompt() -> None:
+def test_schema_shows_the_trained_system_prompt() -> None:
     assert INPUTS["system_prompt"]["default"] == DEFAULT_SYSTEM_PROMPT
 
 
-def test_output_is_text_that_streams() -> None:
+def test_output_is_streamed_text() -> None:
     assert SCHEMA["components"]["schemas"]["Output"]["x-cog-array-display"] == "concatenate"
     assert SCHEMA["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
 
@@ -91,7 +90,7 @@ def test_cog_yaml_is_valid() -> None:
     assert config["build"]["sdk_version"] == pins()["cog"] == SCHEMA["info"]["version"]
 
 
-def test_local_server_takes_as_many_predictions_at_once_as_the_image() -> None:
+def test_local_server_has_the_maximum_concurrency_of_the_image() -> None:
     at_once = vars(Predictor.predict)["__cog_concurrent_max__"]
     assert f"COG_MAX_CONCURRENCY:-{at_once}" in (ROOT / "scripts" / "serve").read_text()
 
@@ -101,14 +100,14 @@ def test_default_model_is_a_known_release() -> None:
 
 
 def pins() -> dict[str, str]:
-    """Package to exact version, of every line of the requirements files of .venv."""
+    """The exact version of each package in the requirements files of .venv."""
     found = {}
     for name in ("requirements.txt", "requirements-data.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
             if line.startswith(("#", "-r requirements")):
                 continue
             pin = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?==([\w.]+)", line)
-            assert pin, f"{name}: {line!r} is no exact pin"
+            assert pin, f"{name}: {line!r} is not an exact pin"
             found[pin[1]] = pin[2]
     return found
 

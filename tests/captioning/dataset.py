@@ -1,4 +1,4 @@
-"""Small datasets for the tests of captioning, the command that reads them, and its rows."""
+"""Helpers of the captioning tests: write small datasets, run `xgenmm caption`, read its rows."""
 
 import argparse
 import csv
@@ -22,7 +22,7 @@ NEW_TOKENS = 6
 
 
 def png(number: int = 0) -> bytes:
-    """An encoded image; each number gives another one."""
+    """A small PNG file, different for each number."""
     file = io.BytesIO()
     color = COLORS[number % len(COLORS)]
     Image.new("RGB", (20 + 3 * number % 29, 20 + number), color).save(file, "PNG")
@@ -70,7 +70,7 @@ def caption(source: Path | str, output: Path, checkpoint: Path, *options: str) -
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:
-    """All rows of OUTPUT, sorted by the ids of their records."""
+    """All rows of OUTPUT, sorted by record id."""
     rows: list[dict[str, Any]] = []
     for path in sorted(output.glob("part-*")):
         if path.suffix == ".parquet":

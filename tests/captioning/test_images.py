@@ -1,4 +1,4 @@
-"""Tests of downloading images; reading them from files is covered by test_sources.py."""
+"""Downloading images by URL; test_sources.py covers images in files."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from xgenmm.captioning.images import MAX_DOWNLOAD_BYTES, load_image
 from xgenmm.captioning.records import Record
 
 
-def test_images_are_downloaded_up_to_a_limit(
+def test_images_are_downloaded_up_to_a_size_limit(
     tmp_path: Path, file_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.png").write_bytes(png())

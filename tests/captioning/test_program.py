@@ -1,4 +1,4 @@
-"""Tests of `xgenmm caption`: its rows, errors of single records, and wrong options."""
+"""`xgenmm caption`: its rows, records that fail, and invalid options."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def engine(checkpoint: Path) -> Engine:
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "parquet"])
-def test_rows_equal_single_answers_of_the_engine(
+def test_rows_equal_answers_to_single_requests(
     tmp_path: Path, checkpoint: Path, engine: Engine, format_: str
 ) -> None:
     images = write_images(tmp_path / "images", 9)
@@ -45,7 +45,7 @@ def test_rows_equal_single_answers_of_the_engine(
         assert row["error"] is None
 
 
-def test_a_record_that_cannot_be_answered_gets_a_row_with_an_error(
+def test_record_that_fails_gets_a_row_with_its_error(
     tmp_path: Path, checkpoint: Path, file_server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "good.png").write_bytes(png())
@@ -94,7 +94,7 @@ def test_a_record_that_cannot_be_answered_gets_a_row_with_an_error(
         (("--device", "abacus"), "device: 'abacus' is not a device"),
     ],
 )
-def test_wrong_options_are_refused(
+def test_invalid_option_is_rejected(
     tmp_path: Path,
     checkpoint: Path,
     capsys: pytest.CaptureFixture[str],
@@ -106,9 +106,10 @@ def test_wrong_options_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_the_command_starts_without_importing_torch() -> None:
+def test_program_does_not_import_torch() -> None:
     code = "import sys, xgenmm.captioning.program; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    # The program repeats these names because it cannot import them without torch.
     assert set(program.QUANTIZATIONS) == set(quantization.QUANTIZATIONS)
 
 

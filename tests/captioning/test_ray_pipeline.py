@@ -1,4 +1,4 @@
-"""Tests of captioning on a local Ray cluster whose processes are killed, and of unfit clusters."""
+"""Captioning on a local Ray cluster whose processes are killed, and clusters that do not fit."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.captioning.dataset import NEW_TOKENS, caption, read_rows, sorted_json, write_images
-from tests.support.server import ROOT
+from tests.support.paths import ROOT
 from xgenmm import InputError, SamplingParams
 from xgenmm.captioning import ray_pipeline
 from xgenmm.captioning.pipeline import CaptionTask
@@ -26,7 +26,7 @@ QUESTION = "What is it?"
 
 
 def cluster_processes(function: str) -> list[psutil.Process]:
-    """The processes of the cluster that run a function, by the title that Ray gives them."""
+    """The cluster's processes that run `function`, found by the process title that Ray sets."""
     processes = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -39,7 +39,7 @@ def cluster_processes(function: str) -> list[psutil.Process]:
 
 
 def kill_one(function: str, stopped: threading.Event) -> bool:
-    """Kill the first process seen to run `function`; False if `stopped` is set before there is."""
+    """Kill the first process found running `function`; False if `stopped` is set before that."""
     while not stopped.is_set():
         for process in cluster_processes(function):
             process.kill()
@@ -48,7 +48,7 @@ def kill_one(function: str, stopped: threading.Event) -> bool:
 
 
 @pytest.mark.timeout(1500)
-def test_rows_are_complete_although_processes_are_killed(
+def test_rows_are_complete_when_processes_are_killed(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = write_images(tmp_path / "images", 60)
@@ -83,12 +83,12 @@ def test_rows_are_complete_although_processes_are_killed(
                 shards.add(rows)
                 actor_killed = actor_killed or kill_one("CaptionActor", stopped)
         finally:
-            stopped.set()  # or the pool would wait for its thread forever
+            stopped.set()  # otherwise the pool would wait for its thread forever
         assert (task_killed.result(), actor_killed) == (True, True)
     assert sorted_json(read_rows(output)) == sorted_json(read_rows(in_process))
 
 
-def test_a_cluster_that_is_absent_or_too_small_is_refused() -> None:
+def test_missing_or_too_small_cluster_is_rejected() -> None:
     task = CaptionTask("demo", device="cpu")
     assert choose_actors({"CPU": 3.0}, task, None) == (2, False)
     assert choose_actors({"CPU": 8.0, "GPU": 4.0}, CaptionTask("demo"), None) == (4, True)
@@ -98,7 +98,7 @@ def test_a_cluster_that_is_absent_or_too_small_is_refused() -> None:
         next(caption_with_ray(task, [], "127.0.0.1:9"))
 
 
-def test_an_address_that_is_not_of_a_cluster_fails_soon(tmp_path: Path) -> None:
+def test_cluster_address_that_never_answers_fails_quickly(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 1)
     limits = ("gcs_rpc_server_connect_timeout_s", "py_gcs_connect_timeout_s")
     environment = os.environ | {f"RAY_{name}": "1" for name in limits}

@@ -1,4 +1,4 @@
-"""Tests of continuing a run: what is added, what is refused, and that no row is lost or doubled."""
+"""Resuming a run: missing rows are added once, and other settings are rejected."""
 
 import json
 import multiprocessing
@@ -14,13 +14,13 @@ import pytest
 from tests.captioning.dataset import caption, png, read_rows, sorted_json, write_images
 
 
-def test_a_second_run_adds_only_missing_rows(
+def test_second_run_adds_only_missing_rows(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, output = write_images(tmp_path / "images", 5), tmp_path / "out.jsonl"
     assert caption(images, output, checkpoint) == 0
     first = {path.name: path.read_bytes() for path in output.iterdir()}
-    (images / "0005.png").write_bytes(png(5))  # not the last in order
+    (images / "0005.png").write_bytes(png(5))  # sorts between the others
     (output / "_part-00001.jsonl.partial").write_text("half a row")
     assert caption(f"{images}/", output, checkpoint) == 0
     second = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -29,14 +29,14 @@ def test_a_second_run_adds_only_missing_rows(
     assert [json.loads(second["part-00001.jsonl"])["id"]] == ["0005.png"]
 
     def refuse(*_: object) -> None:
-        raise AssertionError("an engine is loaded although there is nothing to do")
+        raise AssertionError("an engine was loaded although no row is missing")
 
     monkeypatch.setattr("xgenmm.captioning.pipeline.CaptionTask.load", refuse)
     assert caption(images, output, checkpoint) == 0
     assert {path.name: path.read_bytes() for path in output.iterdir()} == second
 
 
-def test_other_settings_are_refused(
+def test_other_settings_are_rejected(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, output = write_images(tmp_path / "images", 1), tmp_path / "out"
@@ -57,7 +57,7 @@ def test_other_settings_are_refused(
     assert len(read_rows(output)) == 1
 
 
-def test_a_changed_table_is_refused(
+def test_changed_table_is_rejected(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_images(tmp_path / "images", 2)
@@ -75,7 +75,7 @@ def test_a_changed_table_is_refused(
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "parquet"])
-def test_every_row_is_written_once_although_runs_are_killed(
+def test_every_row_is_written_once_when_runs_are_killed(
     tmp_path: Path, checkpoint: Path, format_: str
 ) -> None:
     images, output = write_images(tmp_path / "images", 100), tmp_path / f"out.{format_}"

@@ -1,4 +1,4 @@
-"""Tests of OUTPUT's folder: locking, refusal of other folders, and rows kept after an error."""
+"""The output folder: locking, folders it must not overwrite, and rows written on an error."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_only_one_process_writes_to_an_output(tmp_path: Path) -> None:
         pass
 
 
-def test_an_output_that_is_not_of_this_command_is_refused(tmp_path: Path) -> None:
+def test_output_that_is_not_a_caption_folder_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     broken = tmp_path / "broken"
@@ -36,7 +36,7 @@ def test_an_output_that_is_not_of_this_command_is_refused(tmp_path: Path) -> Non
             pass
 
 
-def test_rows_are_written_when_the_block_raises(tmp_path: Path) -> None:
+def test_rows_are_written_when_the_with_block_raises(tmp_path: Path) -> None:
     def fail() -> None:
         with open_shards(tmp_path / "out", "parquet", 100, {}) as shards:
             shards.add([Row("0", "a.png", "What?", "A \udcff.")])

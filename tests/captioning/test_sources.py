@@ -1,4 +1,4 @@
-"""Tests of listing INPUT: folders, tables, tars, and errors of what cannot be listed."""
+"""Listing the records of INPUT: folders, tables, tar files, and inputs that cannot be listed."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from xgenmm.captioning.images import load_image
 from xgenmm.captioning.sources import count_records
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_folder_is_listed_recursively(tmp_path: Path) -> None:
     write_images(tmp_path / "b", 2)
     (tmp_path / "a.JPG").write_bytes(png())
     (tmp_path / "notes.txt").write_text("no image")
@@ -21,7 +21,7 @@ def test_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["table.jsonl", "table.csv", "table.parquet"])
-def test_table(tmp_path: Path, name: str) -> None:
+def test_table_rows_are_listed(tmp_path: Path, name: str) -> None:
     write_images(tmp_path / "images", 2)
     rows = [
         {"file": "images/000.png", "alt": 'a "red" thing,\nor {so}'},
@@ -60,7 +60,7 @@ def test_json_lines_may_have_different_columns(tmp_path: Path) -> None:
     assert records(table, "{tags}")[1].error == "template: this row has no column 'tags'"
 
 
-def test_tars(tmp_path: Path) -> None:
+def test_tar_samples_are_listed(tmp_path: Path) -> None:
     members = {"s/0.png": png(0), "s/0.txt": b"zero", "s/0.json": b'{"n": 0}', "s/1.txt": b"one"}
     write_tar(tmp_path / "a.tar", members.items())
     members = {"0.jpg": png(1), "1.json": b"[]", "1.png": png(2)}
@@ -75,7 +75,7 @@ def test_tars(tmp_path: Path) -> None:
     assert listed[3].error == "INPUT: cannot read 1.json (it must contain a JSON object, not list)"
 
 
-def test_a_damaged_tar_does_not_affect_the_next(tmp_path: Path) -> None:
+def test_damaged_tar_does_not_affect_the_next(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("1.png", png(1))])
     write_tar(tmp_path / "b.tar", [("0.png", png(0))])
     content = (tmp_path / "a.tar").read_bytes()
@@ -117,7 +117,7 @@ def test_repeated_keys_of_a_tar_get_distinct_ids(tmp_path: Path) -> None:
         ("broken.csv", "", "image", r"^INPUT: .*broken\.csv, line 1: field larger than"),
     ],
 )
-def test_an_input_that_cannot_be_listed_is_refused(
+def test_input_that_cannot_be_listed_is_rejected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     source: str,

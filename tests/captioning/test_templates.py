@@ -1,4 +1,4 @@
-"""Tests of question templates."""
+"""Question templates."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_template_columns_are_the_names_in_single_braces() -> None:
     assert template_columns("{a b} and {c.d}, {{e}}") == ["a b", "c.d"]
 
 
-def test_malformed_templates_are_refused() -> None:
+def test_malformed_template_is_rejected() -> None:
     for template in ("{", "{}", "{a!r}", "{a:>3}"):
         with pytest.raises(InputError, match=r"^template: .*write \{column\}"):
             template_columns(template)

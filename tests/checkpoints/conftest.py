@@ -1,4 +1,4 @@
-"""An environment in which nothing outside a temporary folder is found, and a hub."""
+"""Fixtures that keep weights and caches in a temporary folder, and a local hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.hub_repository import REPO, ROOT, repository
+from tests.support.hub_repository import REPO, repository
 from tests.support.hub_server import HubServer
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """XGENMM_HOME."""
+    """The folder that XGENMM_HOME names."""
     return tmp_path / "weights"
 
 
@@ -35,7 +36,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A float32 folder of three shards, with an integer tensor and files that are no part of it."""
+    """A float32 checkpoint of three shards, with an integer tensor, among unrelated files."""
     folder = tmp_path / "mine"
     folder.mkdir()
     for name, content in repository().items():

@@ -1,4 +1,4 @@
-"""Conversion to bfloat16, also when it is killed at any byte or the disk is full."""
+"""Conversion to bfloat16, including runs that are killed at a given byte or fill the disk."""
 
 import signal
 import subprocess
@@ -40,7 +40,7 @@ def test_convert_writes_the_same_values_in_bfloat16(source: Path, shard_bytes: i
         convert(target)
 
 
-# The kernel kills a process that exceeds its file size limit, which gives an exact byte.
+# The kernel kills a process that exceeds its file size limit, so the limit sets the exact byte.
 KILLED_AT_A_BYTE = """
 import resource, signal, sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def convert_with_limit(source: Path, limit: int, action: str) -> subprocess.Comp
 
 @pytest.mark.parametrize(("limit", "finished"), [(0, 0), (100, 0), (40_000, 0), (100_000, 3)])
 def test_killed_conversion_is_resumed(source: Path, limit: int, finished: int) -> None:
-    """Three files of 65 kB, then one of 160 kB, which only the highest limit lets start."""
+    """Three shards have 65 kB and the last 160 kB, so only the highest limit lets any finish."""
     staging = source.with_name("mine-bf16.partial")
     names = [f"model-{i:05}-of-00004.safetensors" for i in range(1, finished + 1)]
     written: dict[str, int] = {}
@@ -74,7 +74,7 @@ def test_killed_conversion_is_resumed(source: Path, limit: int, finished: int) -
         assert (target / name).stat().st_mtime_ns == time
 
 
-def test_conversion_of_another_source_is_not_resumed(source: Path) -> None:
+def test_conversion_starts_over_if_the_source_has_changed(source: Path) -> None:
     convert_with_limit(source, 100_000, "SIG_DFL")
     save_file(tensors(2, 1), source / SMALL)
     save_file({name: -t for name, t in tensors(4, 2).items()}, source / BIG)

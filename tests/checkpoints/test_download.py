@@ -39,14 +39,14 @@ def release(**files: FileRecord) -> Release:
 
 @pytest.fixture
 def big_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub whose BIG has 48 MB, which the client writes in several chunks."""
+    """A hub whose file BIG has 48 MB, which the client writes in several chunks."""
     with HubServer({REPO: repository(big=732)}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
 
 
 def ranges(hub: HubServer, name: str) -> list[str | None]:
-    """The ranges of one file that the content store was asked for."""
+    """The Range headers of all requests to the content store for one file."""
     return [seen.range for seen in hub.seen if seen.path == f"/store/{REPO}/{name}"]
 
 
@@ -56,7 +56,7 @@ def test_hub_server_works_with_the_hub_client(hub: HubServer, tmp_path: Path) ->
         assert (tmp_path / "all" / name).read_bytes() == content
 
 
-def test_download_takes_checkpoint_files_only_and_pins_the_revision(
+def test_download_fetches_only_checkpoint_files_and_pins_the_revision(
     hub: HubServer, root: Path
 ) -> None:
     download(release(), root, hub.url)
@@ -101,7 +101,7 @@ def test_token_is_sent_to_the_hub_but_not_to_its_store(
     assert {s.authorization for s in hub.seen if s.path.startswith("/store/")} == {None}
 
 
-def test_missing_hub_is_reported_within_seconds(
+def test_unreachable_hub_and_offline_mode_are_reported(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HubServer({}) as server:
@@ -115,7 +115,9 @@ def test_missing_hub_is_reported_within_seconds(
 
 
 @pytest.mark.parametrize("name", ["config.json", BIG])
-def test_file_with_a_wrong_byte_is_named_and_deleted(hub: HubServer, root: Path, name: str) -> None:
+def test_file_with_a_wrong_byte_is_named_in_the_error_and_deleted(
+    hub: HubServer, root: Path, name: str
+) -> None:
     hub.faults.wrong_byte[name] = 11
     failed = program("download", NAME)
     assert failed.returncode == 1
@@ -127,7 +129,9 @@ def test_file_with_a_wrong_byte_is_named_and_deleted(hub: HubServer, root: Path,
     assert_complete(root, hub)
 
 
-def test_file_shorter_than_stated_is_named_and_deleted(hub: HubServer, root: Path) -> None:
+def test_file_shorter_than_stated_is_named_in_the_error_and_deleted(
+    hub: HubServer, root: Path
+) -> None:
     size = len(hub.repos[REPO][BIG])
     hub.sizes[BIG] = size + 5
     with pytest.raises(CheckpointError, match=f"{BIG}: it has {size} bytes, must have {size + 5}"):
@@ -136,7 +140,9 @@ def test_file_shorter_than_stated_is_named_and_deleted(hub: HubServer, root: Pat
     assert not list((root / f"{NAME}.partial").glob(f"{BIG}*"))
 
 
-def test_records_are_compared_before_anything_is_downloaded(hub: HubServer, root: Path) -> None:
+def test_release_records_are_checked_before_anything_is_downloaded(
+    hub: HubServer, root: Path
+) -> None:
     content = hub.repos[REPO][BIG]
     right = FileRecord(len(content), hashlib.sha256(content).hexdigest())
     for wrong in (
@@ -152,7 +158,7 @@ def test_records_are_compared_before_anything_is_downloaded(hub: HubServer, root
     assert_complete(root, hub)
 
 
-def test_record_of_a_small_file_is_checked(hub: HubServer, root: Path) -> None:
+def test_release_record_of_a_small_file_is_checked(hub: HubServer, root: Path) -> None:
     size = len(hub.repos[REPO]["config.json"])
     record = {"config.json": FileRecord(size, "0" * 64)}
     with pytest.raises(
@@ -162,7 +168,7 @@ def test_record_of_a_small_file_is_checked(hub: HubServer, root: Path) -> None:
     assert not (root / NAME).exists()
 
 
-def test_cut_connection_is_resumed_where_it_was_cut(big_hub: HubServer, root: Path) -> None:
+def test_download_resumes_where_the_connection_was_cut(big_hub: HubServer, root: Path) -> None:
     size = len(big_hub.repos[REPO][BIG])
     big_hub.faults.cut[BIG] = [CLIENT_CHUNK + 5, CLIENT_CHUNK + 5]
     download(release(), root, big_hub.url)
@@ -171,7 +177,7 @@ def test_cut_connection_is_resumed_where_it_was_cut(big_hub: HubServer, root: Pa
     assert ranges(big_hub, BIG) == [None, f"bytes={CLIENT_CHUNK}-", f"bytes={2 * CLIENT_CHUNK}-"]
 
 
-def test_reset_connection_is_resumed(big_hub: HubServer, root: Path) -> None:
+def test_download_resumes_after_a_connection_reset(big_hub: HubServer, root: Path) -> None:
     big_hub.faults.reset[BIG] = 40 * 2**20
     download(release(), root, big_hub.url)
     assert_complete(root, big_hub)
@@ -191,7 +197,7 @@ def test_lost_connection_keeps_the_received_part(big_hub: HubServer, root: Path)
     assert ranges(big_hub, BIG)[-1] == f"bytes={CLIENT_CHUNK}-"
 
 
-def test_part_of_another_file_is_not_resumed(hub: HubServer, root: Path) -> None:
+def test_partial_download_of_another_file_is_not_resumed(hub: HubServer, root: Path) -> None:
     staging = root / f"{NAME}.partial"
     staging.mkdir(parents=True)
     (staging / f"{BIG}.0123456789abcdef.part").write_bytes(b"old content")
@@ -201,7 +207,7 @@ def test_part_of_another_file_is_not_resumed(hub: HubServer, root: Path) -> None
     assert ranges(hub, BIG) == [None]
 
 
-def test_small_disk_is_reported_before_the_download(hub: HubServer, root: Path) -> None:
+def test_lack_of_disk_space_is_reported_before_the_download(hub: HubServer, root: Path) -> None:
     hub.sizes[BIG] = 10**18
     with pytest.raises(CheckpointError, match=r"1000000000\.00 GB are needed .* GB are free"):
         download(release(), root, hub.url)
@@ -259,7 +265,7 @@ def test_download_killed_within_a_file_is_resumed_there(
     assert start >= CLIENT_CHUNK
 
 
-def test_download_killed_before_the_last_step_is_finished(hub: HubServer, root: Path) -> None:
+def test_download_killed_before_its_last_step_is_completed(hub: HubServer, root: Path) -> None:
     download(release(), root, hub.url)
     (root / NAME / "manifest.json").unlink()
     (root / NAME).rename(root / f"{NAME}.partial")
@@ -269,7 +275,7 @@ def test_download_killed_before_the_last_step_is_finished(hub: HubServer, root: 
     assert [seen.path.split("/")[1] for seen in hub.seen] == ["api"]
 
 
-def test_second_process_is_refused(hub: HubServer, root: Path) -> None:
+def test_concurrent_download_is_rejected(hub: HubServer, root: Path) -> None:
     hub.faults.hold[BIG] = 0
     with subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         assert hub.faults.held.wait(120)

@@ -16,7 +16,7 @@ from xgenmm.errors import CheckpointError
 
 
 class Model(nn.Module):
-    """Parameters, a scalar, a persistent integer buffer, and one that is not persistent."""
+    """A model with a scalar parameter, a persistent integer buffer and a non-persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,9 @@ def test_every_layout_and_dtype_is_read_and_cast(
     assert isinstance(model.linear.weight, nn.Parameter)
 
 
-def test_tensor_larger_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_larger_than_the_buffer_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint, "BUFFER_BYTES", 64)
     state = {"weight": torch.randn(7, 11), "bias": torch.randn(7)}
     save_file(state, tmp_path / "model.safetensors")
@@ -124,7 +126,7 @@ def test_one_error_names_every_mismatch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 60, -1])
-def test_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
+def test_truncated_file_is_named_in_the_error(tmp_path: Path, keep: int) -> None:
     write_shards(tmp_path, random_state(), 2, index=True)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
@@ -132,14 +134,14 @@ def test_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_missing_shard_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_named_in_the_error(tmp_path: Path) -> None:
     write_shards(tmp_path, random_state(), 3, index=True)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00003\.safetensors"):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_index_that_contradicts_the_files_is_refused(tmp_path: Path) -> None:
+def test_index_that_contradicts_the_files_is_rejected(tmp_path: Path) -> None:
     write_shards(tmp_path, random_state(), 2, index=True)
     index = json.loads((tmp_path / checkpoint.INDEX).read_text())
     index["weight_map"]["scale"] = index["weight_map"]["linear.weight"]
@@ -158,20 +160,20 @@ def test_index_that_contradicts_the_files_is_refused(tmp_path: Path) -> None:
         ('{"weight_map": {"scale": "model.bin"}}', "only .* beside it are read"),
     ],
 )
-def test_bad_index_is_refused(tmp_path: Path, index: str, message: str) -> None:
+def test_malformed_index_is_rejected(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / checkpoint.INDEX).write_text(index)
     with pytest.raises(CheckpointError, match=message):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+def test_tensor_in_two_files_is_rejected(tmp_path: Path) -> None:
     for file in ("a.safetensors", "b.safetensors"):
         save_file(random_state(), tmp_path / file)
     with pytest.raises(CheckpointError, match=r"b\.safetensors: .* is also in a\.safetensors"):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)
 
 
-def test_unsupported_dtype_is_refused(tmp_path: Path) -> None:
+def test_unsupported_dtype_is_rejected(tmp_path: Path) -> None:
     save_file({"scale": torch.zeros((), dtype=torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=r"m\.safetensors has tensors of type F8_E4M3"):
         load_parameters(meta_model(), tmp_path, device="cpu", dtype=torch.float32)

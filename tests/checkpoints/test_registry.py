@@ -1,4 +1,4 @@
-"""Names of checkpoints, and the folders in which they are found."""
+"""Checkpoint names, and the folders in which they are looked up."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_error_for_a_missing_checkpoint_names_folders_and_command(
         resolve("xgen")
 
 
-def test_weights_are_in_xgenmm_home_else_in_the_checkout_else_in_the_cache(
+def test_weights_folder_is_xgenmm_home_then_the_checkout_then_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert weights_folder() == tmp_path / "weights"  # XGENMM_HOME
@@ -57,7 +57,7 @@ def test_weights_are_in_xgenmm_home_else_in_the_checkout_else_in_the_cache(
     assert search_folders() == [tmp_path / "cache" / "xgenmm"]
 
 
-def test_error_for_a_missing_demo_says_where_it_comes_from(
+def test_error_for_a_missing_demo_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "CHECKOUT_WEIGHTS", tmp_path / "none")
@@ -71,6 +71,6 @@ def test_releases_are_complete() -> None:
     assert len({name for release in known.values() for name in release.names}) == 6 * 2 + 3 * 2 + 1
     base = known["xgen-mm-phi3-mini-base-r-v1.5"]
     assert base.parameters == 4_359_257_219
-    # 4 bytes a parameter, and the four headers.
+    # The files hold 4 bytes per parameter, and a header each.
     headers = sum(record.size for record in base.files.values()) - 4 * base.parameters
     assert 0 < headers < 200_000

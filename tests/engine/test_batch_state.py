@@ -6,8 +6,8 @@ from xgenmm.engine.batch_state import BatchState
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 
 
-def test_idle_slot_after_an_answer_of_maximum_length() -> None:
-    """A step of other slots also runs over idle ones, whose noise must be in range."""
+def test_idle_slot_can_be_sampled_after_an_answer_of_maximum_length() -> None:
+    """Decode steps also sample idle slots, which must not read beyond the end of their noise."""
     limit = int(LIMITS["max_new_tokens"][1])
     batch, slots = BatchState(2, 4, torch.device("cpu")), slice(2)
     batch.add_request(0, SamplingParams(limit, temperature=1.0, seed=1), 5)

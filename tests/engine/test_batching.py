@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Engine:
-    """Provides a model and a tokenizer, and answers without the scheduler (`alone`)."""
+    """The engine whose model and tokenizer the other engines share."""
     return xgenmm.load(folder, max_num_seqs=1)
 
 
@@ -58,7 +58,7 @@ def engine(loaded: Engine, config: SchedulerConfig) -> Iterator[Engine]:
 
 @contextmanager
 def running_engine(loaded: Engine, config: SchedulerConfig) -> Iterator[Engine]:
-    """An engine with the model of another one."""
+    """An engine with the model of `loaded`; at the end, all of its slots must be free."""
     started = Engine(loaded.model, loaded.tokenizer, SLOTS, 1 << 24, config)
     yield started
     started.close()
@@ -107,26 +107,29 @@ def mixed_requests(seed: int, count: int) -> list[Request]:
 
 @contextmanager
 def gate(target: object, name: str) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Block the calls of a method. Yields (set at the first call, set it to unblock)."""
+    """Block calls of a method.
+
+    Yields two events: the first call sets `entered`; the test sets `release` to unblock calls.
+    """
     original: Callable[..., Any] = getattr(target, name)
-    come, go_on = threading.Event(), threading.Event()
+    entered, release = threading.Event(), threading.Event()
 
     def held(*arguments: Any, **named: Any) -> Any:
-        come.set()
-        assert go_on.wait(60)
+        entered.set()
+        assert release.wait(60)
         return original(*arguments, **named)
 
     setattr(target, name, held)
     try:
-        yield come, go_on
+        yield entered, release
     finally:
-        go_on.set()
+        release.set()
         setattr(target, name, original)
 
 
 @contextmanager
 def recorded(model: Any, *names: str) -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """The calls of some methods of a model, in order."""
+    """Record the calls of these methods of a model, in order."""
     calls: list[tuple[str, tuple[Any, ...]]] = []
     originals = {name: getattr(model, name) for name in names}
 
@@ -148,7 +151,7 @@ def recorded(model: Any, *names: str) -> Iterator[list[tuple[str, tuple[Any, ...
 
 @contextmanager
 def failing(target: object, name: str, error: Exception, times: int) -> Iterator[None]:
-    """Let the next `times` calls of a method raise."""
+    """Make the next `times` calls of a method raise `error`."""
     original: Callable[..., Any] = getattr(target, name)
     left = times
 
@@ -179,17 +182,17 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch(engine: Engine, seed: in
 
 
 def test_requests_are_added_while_others_run(engine: Engine) -> None:
-    with gate(engine.model, "decode") as (come, go_on):
+    with gate(engine.model, "decode") as (entered, release):
         first = engine.stream(asking(limit=100))
-        assert come.wait(60)
+        assert entered.wait(60)
         second = engine.stream(asking("And this?", limit=3))
-        go_on.set()
+        release.set()
         assert second.text() == alone(engine, asking("And this?", limit=3))
     assert first.text() == alone(engine, asking(limit=100))
     assert second.usage.batch_size == 2
 
 
-def test_more_requests_than_slots_wait(engine: Engine) -> None:
+def test_requests_wait_for_a_free_slot(engine: Engine) -> None:
     requests = [asking(f"Number {i}?", limit=20) for i in range(3 * SLOTS)]
     answers = [engine.stream(request) for request in requests]
     assert [a.text() for a in answers] == [alone(engine, request) for request in requests]
@@ -197,7 +200,7 @@ def test_more_requests_than_slots_wait(engine: Engine) -> None:
     assert answers[-1].usage.queue_time > answers[0].usage.queue_time
 
 
-def test_async_iteration(engine: Engine) -> None:
+def test_answers_can_be_read_asynchronously(engine: Engine) -> None:
     async def text(answer: Answer) -> str:
         return "".join([piece async for piece in answer])
 
@@ -209,17 +212,17 @@ def test_async_iteration(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("config", [0], indirect=True, ids=["synchronous"])
-def test_closed_event_loop_of_a_reader_does_no_harm(engine: Engine) -> None:
+def test_answer_can_be_read_after_its_first_reader_closed_its_event_loop(engine: Engine) -> None:
     async def first(answer: Answer) -> str:
         async for piece in answer:
             return piece
         return ""
 
-    with gate(engine.model, "decode") as (come, go_on):
+    with gate(engine.model, "decode") as (entered, release):
         answer = engine.stream(asking(limit=100))
         begun = asyncio.run(first(answer))
-        assert come.wait(60)
-        go_on.set()
+        assert entered.wait(60)
+        release.set()
     assert begun + answer.text() == alone(engine, asking(limit=100))
 
 
@@ -236,11 +239,11 @@ def test_long_prompt_is_prefilled_in_chunks_between_steps(
         running_engine(loaded, config) as engine,
         recorded(engine.model, "features", "prefill_chunk", "decode") as calls,
     ):
-        with gate(engine.model, "decode") as (come, go_on):
+        with gate(engine.model, "decode") as (entered, release):
             running = engine.stream(asking(limit=60))
-            assert come.wait(60)
+            assert entered.wait(60)
             answer = engine.stream(long)
-            go_on.set()
+            release.set()
             assert answer.text() == expected
         running.cancel()
         running.text()
@@ -261,11 +264,11 @@ def test_waiting_images_are_encoded_together(loaded: Engine, config: SchedulerCo
         running_engine(loaded, config) as engine,
         recorded(engine.model, "features") as calls,
     ):
-        with gate(engine.model, "decode") as (come, go_on):
+        with gate(engine.model, "decode") as (entered, release):
             running = engine.stream(asking())
-            assert come.wait(60)
+            assert entered.wait(60)
             answers = [engine.stream(asking("What?", color)) for color in ("red", "blue", "red")]
-            go_on.set()
+            release.set()
         assert all(answer.text() for answer in [running, *answers])
     assert [len(arguments[0]) for _, arguments in calls] == [2]  # each image only once
 
@@ -356,7 +359,9 @@ def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
     assert answer.usage.stop_reason == "end"
 
 
-def test_many_choices_need_several_passes(engine: Engine, config: SchedulerConfig) -> None:
+def test_choices_scored_in_several_passes_have_the_same_probabilities(
+    engine: Engine, config: SchedulerConfig
+) -> None:
     request = Request("What?", choices=tuple(f"word {i}" for i in range(40)))
     whole = engine.stream(request)
     text = whole.text()
@@ -404,12 +409,12 @@ def test_cancel_frees_the_slot_within_a_step(
     waiting = engine.stream(asking("Me too?", limit=2))
     with (
         recorded(engine.model, "decode", "prefill_chunk") as calls,
-        gate(engine.model, "decode") as (come, go_on),
+        gate(engine.model, "decode") as (entered, release),
     ):
-        assert come.wait(60)
+        assert entered.wait(60)
         answers[2].cancel()
         before = len(calls)
-        go_on.set()
+        release.set()
         assert waiting.text() == expected
     assert answers[2].usage.stop_reason == "cancelled"
     # After the blocked step, the waiting request gets the slot.
@@ -420,11 +425,11 @@ def test_cancel_frees_the_slot_within_a_step(
 
 
 def test_waiting_request_can_be_cancelled(engine: Engine) -> None:
-    with gate(engine.model, "decode") as (come, go_on):
+    with gate(engine.model, "decode") as (entered, release):
         answers = [engine.stream(asking(f"{i}?", limit=5)) for i in range(SLOTS + 1)]
-        assert come.wait(60)
+        assert entered.wait(60)
         answers[-1].cancel()
-        go_on.set()
+        release.set()
     assert answers[-1].text() == ""
     assert answers[-1].usage.stop_reason == "cancelled"
     assert all(answer.text() for answer in answers[:-1])
@@ -436,20 +441,20 @@ def test_timeout_ends_the_answer(engine: Engine) -> None:
     assert answer.usage.stop_reason == "timeout"
 
 
-def test_failing_request_fails_alone(engine: Engine) -> None:
-    with gate(engine.model, "decode") as (come, go_on):
+def test_failing_request_does_not_affect_others(engine: Engine) -> None:
+    with gate(engine.model, "decode") as (entered, release):
         running = engine.stream(asking(limit=30))
-        assert come.wait(60)
+        assert entered.wait(60)
         with failing(engine.model, "merge_multimodal_embeddings", ValueError("boom"), times=1):
             wrong = engine.stream(asking("Wrong?"))
-            go_on.set()
+            release.set()
             with pytest.raises(EngineError, match=r"failed in the model: ValueError\('boom'\)"):
                 wrong.text()
     assert wrong.usage.stop_reason == "failed"
     assert running.text() == alone(engine, asking(limit=30))
 
 
-def test_failing_step_fails_its_requests_and_the_engine_goes_on(engine: Engine) -> None:
+def test_failing_step_fails_its_requests_and_the_engine_continues(engine: Engine) -> None:
     with failing(engine.model, "decode", RuntimeError("boom"), times=1):
         answers = [engine.stream(asking(f"{i}?")) for i in range(2)]
         failed = 0
@@ -481,16 +486,16 @@ def test_out_of_memory_drops_the_caches_and_retries_once(engine: Engine, method:
 
 def test_close_finishes_accepted_requests_and_refuses_new_ones(folder: Path) -> None:
     closing = xgenmm.load(folder, max_num_seqs=1)
-    with gate(closing.model, "decode") as (come, go_on):
+    with gate(closing.model, "decode") as (entered, release):
         running, waiting = (closing.stream(asking(question)) for question in ("One?", "Two?"))
-        assert come.wait(60)
+        assert entered.wait(60)
         thread = threading.Thread(target=closing.close)
         thread.start()
         while not closing.status().closed:
             thread.join(0.001)
         with pytest.raises(EngineError, match="shut down"):
             closing.stream(asking())
-        go_on.set()
+        release.set()
         thread.join(60)
     assert running.text() == alone(closing, asking("One?"))
     assert waiting.text() == alone(closing, asking("Two?"))
@@ -503,15 +508,15 @@ def test_check_detects_a_stuck_engine(
 ) -> None:
     with running_engine(loaded, replace(config, stall_seconds=stall_seconds)) as engine:
         engine.check()
-        with gate(engine.model, "decode") as (come, go_on):
+        with gate(engine.model, "decode") as (entered, release):
             answer = engine.stream(asking())
-            assert come.wait(60)
+            assert entered.wait(60)
             if stall_seconds:
                 engine.check()
             else:
                 with pytest.raises(EngineError, match="has made no step for"):
                     engine.check()
-            go_on.set()
+            release.set()
             assert answer.text()
         engine.check()
 

@@ -69,9 +69,9 @@ def beam_answer(seed: int) -> list[int]:
     return search.best()
 
 
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")  # a setting of the test
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")  # these tests pass it on purpose
 @pytest.mark.parametrize("seed", range(100, 160))
-def test_beams_equal_transformers(seed: int) -> None:
+def test_beam_search_equals_transformers(seed: int) -> None:
     model, embeddings, settings = beam_case(seed)
     expected = model.generate(
         inputs_embeds=embeddings,
@@ -94,8 +94,8 @@ RELEASE_4_41 = {
 
 
 @pytest.mark.parametrize("seed", RELEASE_4_41)
-def test_beams_equal_the_release_of_the_original_implementation(seed: int) -> None:
-    """Cases in which `transformers` 5.17 stops earlier than 4.41.1."""
+def test_beam_search_equals_transformers_4_41_where_5_17_differs(seed: int) -> None:
+    """The original implementation uses 4.41.1; in these cases, 5.17 stops earlier."""
     assert beam_answer(seed) == RELEASE_4_41[seed]
 
 

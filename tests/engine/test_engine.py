@@ -68,14 +68,14 @@ def test_answer_streams_and_reports_its_usage(engine: Engine) -> None:
     assert usage.tokens_per_second > 0
 
 
-def test_same_request_same_text_and_images_matter(engine: Engine) -> None:
+def test_text_is_reproducible_and_depends_on_the_image(engine: Engine) -> None:
     one = text(engine, Request("What is it?", [image()], sampling=params()))
     assert text(engine, Request("What is it?", [image()], sampling=params())) == one
     other = Request("What is it?", [image(40, 30, "blue")], sampling=params())
     assert text(engine, other) != one
 
 
-def test_several_images_earlier_turns_and_no_image(engine: Engine) -> None:
+def test_requests_with_several_images_earlier_turns_or_no_image(engine: Engine) -> None:
     images = [image(40, 30), image(20, 60, "blue")]
     turns = (Message("user", "<image> What is it?"), Message("assistant", "A cat."))
     placed = Request("And <image>?", images, messages=turns, sampling=params())
@@ -169,7 +169,7 @@ def test_stop_sequence_is_cut_off(engine: Engine) -> None:
     assert answer.usage.output_tokens < 30
 
 
-def test_cancel_ends_before_the_next_token(engine: Engine) -> None:
+def test_cancel_ends_the_answer_within_a_token(engine: Engine) -> None:
     answer = engine.stream(Request("What is it?", [image()], sampling=params(200)))
     pieces = iter(answer)
     next(pieces)
@@ -224,7 +224,7 @@ def test_end_token_ends_the_answer(engine: Engine) -> None:
     assert (answer.usage.stop_reason, answer.usage.output_tokens) == ("end", 1)
 
 
-def test_seed_decides_sampled_text(engine: Engine) -> None:
+def test_seed_determines_sampled_text(engine: Engine) -> None:
     def sampled(seed: int) -> str:
         settings = params(20, temperature=1.0, seed=seed)
         return text(engine, Request("What is it?", [image()], sampling=settings))
@@ -233,14 +233,14 @@ def test_seed_decides_sampled_text(engine: Engine) -> None:
     assert len({sampled(seed) for seed in range(4)}) > 1
 
 
-def test_beams_and_penalty_answer(engine: Engine) -> None:
+def test_beam_search_and_repetition_penalty_generate_text(engine: Engine) -> None:
     for settings in ({"num_beams": 3}, {"repetition_penalty": 2.0}):
         answer = engine.stream(Request("What?", [image()], sampling=params(8, **settings)))
         assert "".join(answer)
         assert answer.usage.output_tokens <= 8
 
 
-def test_base_model_accepts_examples(base: Engine) -> None:
+def test_base_model_accepts_few_shot_examples(base: Engine) -> None:
     shots = (Message("user", "What is it?"), Message("assistant", "A cat."))
     request = Request("What is it?", [image(), image()], messages=shots, sampling=params())
     answer = base.stream(request)
@@ -250,7 +250,7 @@ def test_base_model_accepts_examples(base: Engine) -> None:
     assert [length for _, length in prompt.spans] == [4, 4]
 
 
-def test_v1_model_answers(tmp_path: Path) -> None:
+def test_v1_model_generates_text(tmp_path: Path) -> None:
     engine = xgenmm.load(tiny.checkpoint(tmp_path, "v1"))
     assert engine.config.vision.tower == "open_clip"
     assert engine.config.resampler.text_tokens == 256

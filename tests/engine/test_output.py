@@ -13,14 +13,14 @@ from xgenmm.errors import EngineError, InputError
 
 
 class FakeRunner:
-    """Records calls; `error` is what releasing a request raises."""
+    """Records calls; `remove_request` raises `error` if it is set."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.error: Exception | None = None
 
     def remove_request(self, request: EngineRequest) -> None:
-        """Fail if told so."""
+        """Record the call, then raise `error` if it is set."""
         self.calls.append("remove")
         if self.error is not None:
             raise self.error
@@ -49,7 +49,7 @@ def test_request_ends_at_its_limit_and_is_released() -> None:
     case = Fixture(max_tokens=3)
     for token_id in (7, 8, 9, 10):
         case.output.append_token(case.request, token_id)
-    assert case.sink.token_ids == [7, 8, 9]  # an overlapped step may have made a fourth
+    assert case.sink.token_ids == [7, 8, 9]  # the fourth comes from an overlapped step
     assert case.sink.ends == [("length", None)]
     assert case.runner.calls == ["remove", "cache"]
     assert case.scheduler.idle
@@ -57,7 +57,7 @@ def test_request_ends_at_its_limit_and_is_released() -> None:
     assert (case.metrics.totals["length"], case.metrics.totals["output_tokens"]) == (1, 3)
 
 
-def test_sink_is_told_the_end_even_if_the_release_fails() -> None:
+def test_sink_is_notified_even_if_releasing_the_request_fails() -> None:
     case = Fixture()
     case.runner.error = RuntimeError("CUDA error")
     with pytest.raises(RuntimeError, match="CUDA error"):

@@ -1,4 +1,4 @@
-"""Caches between requests: limits, eviction order, and hashes that cover everything."""
+"""Caches shared by requests: limits, eviction order, and what the hashes cover."""
 
 from dataclasses import replace
 
@@ -42,17 +42,17 @@ def hashes_of(prompt: Prompt, *images: TiledImage, instruction_aware: bool = Fal
 
 
 def test_least_recently_used_item_is_evicted() -> None:
-    store = LRUCache[torch.Tensor](10 * 1024)
+    cache = LRUCache[torch.Tensor](10 * 1024)
     for name in (b"a", b"b", b"c"):
-        store.put(name, tensor(3))
-    assert store.get(b"a") is not None  # now b is the least recently used
-    store.put(b"d", tensor(3))
-    assert [name for name in (b"a", b"b", b"c", b"d") if name in store] == [b"a", b"c", b"d"]
-    assert store.used_bytes == 9 * 1024
-    store.put(b"huge", tensor(11))
-    assert b"huge" not in store
-    store.clear()
-    assert (len(store), store.used_bytes, store.get(b"a")) == (0, 0, None)
+        cache.put(name, tensor(3))
+    assert cache.get(b"a") is not None  # now b is the least recently used
+    cache.put(b"d", tensor(3))
+    assert [name for name in (b"a", b"b", b"c", b"d") if name in cache] == [b"a", b"c", b"d"]
+    assert cache.used_bytes == 9 * 1024
+    cache.put(b"huge", tensor(11))
+    assert b"huge" not in cache
+    cache.clear()
+    assert (len(cache), cache.used_bytes, cache.get(b"a")) == (0, 0, None)
 
 
 def test_prefix_is_restored_up_to_the_first_difference() -> None:

@@ -108,7 +108,7 @@ def test_rows_are_independent() -> None:
     assert together == tokens([4, 3, 2, 1, 0])[::-1]
 
 
-def test_half_precision_logits() -> None:
+def test_half_precision_logits_are_sampled_as_in_float32() -> None:
     logits = random_logits(6).bfloat16()
     params = [SamplingParams(temperature=1.0)]
     assert sampled(logits, params, [0.4]) == sampled(logits.float(), params, [0.4])

@@ -1,4 +1,4 @@
-"""What the scheduler decides, without a model."""
+"""The scheduler's decisions, tested without a model."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def scheduler_with(
     return scheduler
 
 
-def decode(request: EngineRequest) -> EngineRequest:
+def prefilled(request: EngineRequest) -> EngineRequest:
     """Mark the prompt of a request as computed."""
     request.num_computed_tokens = request.num_prompt_tokens
     return request
@@ -84,7 +84,7 @@ def test_choices_need_a_single_slot() -> None:
     assert request.num_slots == 1
 
 
-def test_cancelled_and_expired_requests_are_found_running_or_waiting() -> None:
+def test_cancelled_and_expired_requests_are_found_whether_running_or_waiting() -> None:
     sinks = [RecordingSink() for _ in range(3)]
     requests = [engine_request(sink=sink) for sink in sinks]
     scheduler = scheduler_with(*requests, num_slots=1)
@@ -132,7 +132,7 @@ def test_images_are_encoded_once_within_the_limit() -> None:
     second = engine_request(10, image(4, 1), image(2, 3))
     scheduler = scheduler_with(first, second, config=config)
     assert encode(scheduler).num_tiles == 9
-    scheduler.add(decode(engine_request()))
+    scheduler.add(prefilled(engine_request()))
     list(scheduler.admit())
     batch = encode(scheduler)
     assert batch.num_tiles == 6
@@ -157,16 +157,16 @@ def test_decode_batch_covers_the_slots_in_use() -> None:
     requests = [engine_request(length) for length in (10, 20, 30, 40)]
     scheduler = scheduler_with(*requests, num_slots=6)
     assert scheduler.decode_batch() is None
-    decode(requests[0])
-    decode(requests[2])
+    prefilled(requests[0])
+    prefilled(requests[2])
     requests[3].num_computed_tokens = 35
     batch = scheduler.decode_batch()
     assert batch is not None
     assert batch.requests == [requests[0], requests[2]]
     assert batch.num_slots == 4  # a power of two above slot 2
     assert batch.num_keys == 36  # the prompt being prefilled writes at position 35
-    list(map(decode, requests))
-    scheduler.add(decode(engine_request()))
+    list(map(prefilled, requests))
+    scheduler.add(prefilled(engine_request()))
     list(scheduler.admit())
     batch = scheduler.decode_batch()
     assert batch is not None
@@ -174,7 +174,7 @@ def test_decode_batch_covers_the_slots_in_use() -> None:
 
 
 def test_beams_are_not_decoded_with_overlapped_steps() -> None:
-    request, config = decode(engine_request()), SchedulerConfig(overlapped_steps=1)
+    request, config = prefilled(engine_request()), SchedulerConfig(overlapped_steps=1)
     scheduler = scheduler_with(request, config=config)
     assert scheduler.overlapped_steps == 1
     request.beam_search = object()  # type: ignore[assignment]

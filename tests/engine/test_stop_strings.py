@@ -41,7 +41,7 @@ def test_streamed_text_equals_a_plain_search() -> None:
         assert checker.flush() == ""
 
 
-def test_examples() -> None:
+def test_text_that_may_begin_a_stop_sequence_is_held_back() -> None:
     checker = StopStringChecker(["\n\n", "User:"])
     assert [
         checker.push(piece) for piece in ("A cat.", "\n", "Us", "e a", "\n", "\nMore", "x")
@@ -58,15 +58,15 @@ def test_examples() -> None:
     assert checker.flush() == ""
 
 
-def test_first_complete_stop_sequence_counts() -> None:
+def test_text_ends_at_the_first_complete_stop_sequence() -> None:
     checker = StopStringChecker(["abcd", "bc"])
     assert checker.push("xabcd") == "xa"
     both = StopStringChecker(["c", "bc"])
     assert both.push("abc") == "a"
 
 
-def test_long_stop_sequence_is_fast() -> None:
-    """A stop sequence that almost matches at every position of a long text."""
+def test_long_stop_sequence_does_not_slow_down_streaming() -> None:
+    """It almost matches at every position of a long text, the worst case of a naive search."""
     checker = StopStringChecker(["a" * 20_000 + "b"])
     passed = "".join(checker.push("a") for _ in range(100_000))
     assert len(passed) == 80_000

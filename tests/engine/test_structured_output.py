@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import torch
 
-from tests.support.tiny import DEMO
+from tests.support.paths import DEMO
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.engine.structured_output import Grammar, GrammarCompiler
 from xgenmm.errors import InputError
@@ -20,7 +20,7 @@ END_IDS = {TOKENIZER.id(token) for token in CONFIG.text.stop_tokens}
 
 
 def closed(**properties: Any) -> dict[str, Any]:
-    """An object with exactly these members."""
+    """The schema of an object with exactly these properties."""
     return {
         "type": "object",
         "properties": properties,
@@ -88,7 +88,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    """For the demo checkpoint's tokenizer."""
+    """A compiler for the demo checkpoint's tokenizer."""
     return GrammarCompiler(TOKENIZER, END_IDS, VOCAB)
 
 
@@ -142,7 +142,7 @@ def test_mask_is_restricted_only_near_the_limit(compiler: GrammarCompiler) -> No
     assert bound.limited
 
 
-def test_limit_below_any_answer_is_not_an_error(compiler: GrammarCompiler) -> None:
+def test_limit_too_short_for_any_answer_is_not_an_error(compiler: GrammarCompiler) -> None:
     grammar = compiler.compile(BOX)
     assert len(walk(grammar, limit=4, seed=0)) == 4
     assert not grammar.limited
@@ -156,11 +156,11 @@ def test_space_is_allowed_after_comma_and_colon(compiler: GrammarCompiler, text:
 @pytest.mark.parametrize(
     "text", ['  {"a":1}', '{ "a":1}', '{"a" :1}', '{"a":  1}', '{"a":1 }', '{"a":1} ', "{'a':1}"]
 )
-def test_other_space_is_rejected(compiler: GrammarCompiler, text: str) -> None:
+def test_other_white_space_is_rejected(compiler: GrammarCompiler, text: str) -> None:
     assert not accepts(compiler, closed(a={"type": "integer"}), text)
 
 
-def test_property_has_one_spelling(compiler: GrammarCompiler) -> None:
+def test_property_name_cannot_be_spelled_with_escapes(compiler: GrammarCompiler) -> None:
     schema = SCHEMAS["named and other"]
     assert accepts(compiler, schema, '{"a":1,"b":"x"}')
     assert not accepts(compiler, schema, '{"\\u0061":"x"}')
@@ -203,7 +203,7 @@ def test_number_may_continue_up_to_its_maximum_length(compiler: GrammarCompiler)
     assert json.loads(TOKENIZER.decode(walk(large, 30, seed=3))) >= 10**17
 
 
-def test_byte_tokens_make_whole_characters(compiler: GrammarCompiler) -> None:
+def test_byte_tokens_form_whole_characters(compiler: GrammarCompiler) -> None:
     """Only byte tokens may be sampled, above ASCII where the grammar allows it."""
     texts, generator = compiler.texts, torch.Generator().manual_seed(4)
     high = torch.tensor([len(text) == 1 and text[0] >= 0x80 for text in texts])

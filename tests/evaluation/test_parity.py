@@ -1,4 +1,4 @@
-"""`xgenmm parity` on the golden cases, and on damaged ones."""
+"""`xgenmm parity` on the golden cases, and on modified ones."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_folder_without_golden_data_fails(
     assert f"FAIL {tmp_path}: its tokenizer needs tokenizer.model or tokenizer.json" in said
 
 
-def test_base_preprocessing() -> None:
+def test_base_preprocessing_equals_the_original() -> None:
     folder = golden_data.folder("v15_base")
     golden = json.loads((folder / "cases.json").read_text())
     activations = load_file(folder / "activations.safetensors")

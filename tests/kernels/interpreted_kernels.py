@@ -41,7 +41,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     ],
 )
 @pytest.mark.parametrize("gated", [False, True])
-def test_linear_with_all_fused_operations(
+def test_linear_with_all_fused_operations_equals_pytorch(
     rows: int, dtype: torch.dtype, tolerance: float, gated: bool
 ) -> None:
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_linear_with_all_fused_operations(
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("gated", [False, True])
-def test_linear_with_quantised_weights(kind: str, rows: int, gated: bool) -> None:
+def test_linear_with_quantised_weights_equals_pytorch(kind: str, rows: int, gated: bool) -> None:
     torch.manual_seed(1)
     x = torch.randn(rows, 64)
     weight, scale = quantize_weight(torch.randn(40, 64), kind)
@@ -84,7 +84,7 @@ def test_linear_writes_to_a_slice_of_a_wider_tensor() -> None:
 
 @pytest.mark.parametrize("head_dim", [96, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_and_cache_write(head_dim: int, dtype: torch.dtype) -> None:
+def test_rotary_embedding_and_cache_write_equal_pytorch(head_dim: int, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     heads, max_length, tolerance = 2, 70, {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     positions = torch.tensor([0, 69, -1])
@@ -112,7 +112,7 @@ def test_rotary_and_cache_write(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "tolerance"), [(96, torch.float32, 1e-5), (32, torch.bfloat16, 1e-2)]
 )
-def test_attention_over_the_window(
+def test_attention_over_the_window_equals_pytorch(
     splits: int, window: int, head_dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(4)
@@ -135,7 +135,7 @@ def test_attention_over_the_window(
     assert arrival_counts.count_nonzero() == 0
 
 
-def test_rms_norm_and_silu_multiply() -> None:
+def test_rms_norm_and_silu_multiply_equal_pytorch() -> None:
     torch.manual_seed(5)
     x, weight = torch.randn(3, 42), torch.rand(42)
     torch.testing.assert_close(

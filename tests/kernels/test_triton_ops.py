@@ -1,4 +1,4 @@
-"""The Triton kernels: results in the interpreter, and compilation for GPUs without having one."""
+"""The Triton kernels: results in the interpreter, and compilation for GPUs without a GPU."""
 
 import os
 import re
@@ -69,7 +69,7 @@ class FakeDriver:
 def compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> list[CompiledKernel]:
-    """Kernels compiled during a test, for a pretended H100 or another compute capability."""
+    """Kernels compiled during a test, for an H100 or the compute capability given as parameter."""
     found: list[CompiledKernel] = []
 
     def record(*, key: str, fn: Any, **_: Any) -> None:

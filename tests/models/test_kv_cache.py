@@ -1,4 +1,4 @@
-"""Copying of cache rows."""
+"""Reordering of cache rows."""
 
 import torch
 

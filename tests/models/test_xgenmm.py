@@ -1,4 +1,4 @@
-"""The model against the Phi-3 of `transformers`, batches against single rows, released layout."""
+"""The model against `transformers`, batches against single rows, and the released layout."""
 
 import json
 from collections.abc import Sequence
@@ -124,7 +124,7 @@ def test_padding_of_a_chunk_does_not_change_its_logits(golden: XGenMM, room: int
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_reused_cache_row_does_not_affect_the_next_sequence(golden: XGenMM) -> None:
+def test_reused_cache_row_does_not_affect_the_next_sequence(golden: XGenMM) -> None:
     torch.manual_seed(7)
     prompt = torch.randn(9, 64)
     cache = golden.cache(1, 50)

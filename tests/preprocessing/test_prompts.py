@@ -137,7 +137,7 @@ def test_image_token_in_an_assistant_message_is_text(slow: Tokenizer) -> None:
     assert prompt.ids.index(slow.id("<image>")) < prompt.ids.index(slow.id("<|assistant|>"))
 
 
-def test_system_prompt_default_custom_and_empty(slow: Tokenizer) -> None:
+def test_system_prompt_may_be_default_custom_or_empty(slow: Tokenizer) -> None:
     default = chat_prompt(slow, "Hi", images=0)
     assert chat_prompt(slow, "Hi", images=0, system_prompt=DEFAULT_SYSTEM_PROMPT) == default
     custom = chat_prompt(slow, "Hi", images=0, system_prompt="Be short.")
@@ -148,7 +148,7 @@ def test_system_prompt_default_custom_and_empty(slow: Tokenizer) -> None:
     assert list(empty.ids) == slow.encode("<|user|>\nHi<|end|>\n<|assistant|>\n")
 
 
-def test_few_shot_prompt_without_images(fast: Tokenizer) -> None:
+def test_few_shot_prompt_may_have_no_images(fast: Tokenizer) -> None:
     prompt = few_shot_prompt(fast, "2+2=", images=0, num_latents=4, messages=turns("1+1=", "2"))
     assert list(prompt.ids) == fast.encode("1+1=2<|endofchunk|>2+2=")
     assert prompt.spans == ()
@@ -247,7 +247,7 @@ def test_lone_surrogate_is_rejected(slow: Tokenizer, fast: Tokenizer) -> None:
         few_shot_prompt(fast, "\udc00", images=0, num_latents=4)
 
 
-def test_prompts_take_well_under_a_decode_step(slow: Tokenizer, fast: Tokenizer) -> None:
+def test_prompts_are_built_in_well_under_a_decode_step(slow: Tokenizer, fast: Tokenizer) -> None:
     start = time.perf_counter()
     for _ in range(500):
         chat_prompt(slow, "How many dogs are in the image?", images=1)

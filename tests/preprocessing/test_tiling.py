@@ -21,7 +21,7 @@ SMALL = TilingConfig(grids=((4, 8), (8, 4), (8, 8), (12, 4), (4, 12)))
         ((700, 380), (768, 384)),
     ],
 )
-def test_canvas_selection(size: tuple[int, int], canvas: tuple[int, int]) -> None:
+def test_best_canvas_is_selected(size: tuple[int, int], canvas: tuple[int, int]) -> None:
     assert select_best_resolution(size, GRIDS_384) == canvas
 
 

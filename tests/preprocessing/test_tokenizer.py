@@ -106,28 +106,34 @@ def case_name(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", CASES["cases"], ids=case_name)
-def test_encode_golden_texts(
+def test_golden_texts_encode_to_the_original_ids(
     case: dict[str, Any], slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer
 ) -> None:
     for tokenizer in [slow, slow_from_json] if case["tokenizer"] == "slow" else [fast]:
         assert tokenizer.encode(case["text"]) == case["ids"]
 
 
-def test_decode_golden_ids(slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer) -> None:
+def test_golden_ids_decode_to_the_original_texts(
+    slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer
+) -> None:
     for case in CASES["decode"]:
         assert slow.decode(case["ids"]) == case["slow"]
         assert slow_from_json.decode(case["ids"]) == case["slow"]
         assert fast.decode(case["ids"]) == case["fast"]
 
 
-def test_encode_random_texts(slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer) -> None:
+def test_random_texts_encode_to_the_original_ids(
+    slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer
+) -> None:
     for case in RANDOM["encode"]:
         assert slow.encode(case["text"]) == case["slow"]
         assert slow_from_json.encode(case["text"]) == case["slow"]
         assert fast.encode(case["text"]) == case["fast"]
 
 
-def test_decode_random_ids(slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer) -> None:
+def test_random_ids_decode_to_the_original_texts(
+    slow: Tokenizer, slow_from_json: Tokenizer, fast: Tokenizer
+) -> None:
     for case in RANDOM["decode"]:
         assert slow.decode(case["ids"]) == case["slow"]
         assert slow_from_json.decode(case["ids"]) == case["slow"]
@@ -309,7 +315,7 @@ def test_extra_tokens_that_contradict_the_files_are_rejected(
         ),
     ],
 )
-def test_malformed_file_is_named(tmp_path: Path, file: str, content: str) -> None:
+def test_malformed_file_is_named_in_the_error(tmp_path: Path, file: str, content: str) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(CHECKPOINT, folder)
     (folder / file).write_text(content)
@@ -317,7 +323,7 @@ def test_malformed_file_is_named(tmp_path: Path, file: str, content: str) -> Non
         Tokenizer.from_folder(folder, "slow", EXTRA)
 
 
-def test_malformed_tokenizer_json_is_named(tmp_path: Path) -> None:
+def test_malformed_tokenizer_json_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "unheard of"}}')
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a valid tokenizer description"):
         Tokenizer.from_folder(tmp_path, "fast", EXTRA)

@@ -1,4 +1,4 @@
-"""What the tests of Cog's server share: inputs, requests, and streams of events."""
+"""Helpers of the tests of Cog's server: inputs, requests, and streams of events."""
 
 import base64
 import contextlib
@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from tests.support.server import ROOT, Event, LocalServer, events
+from tests.support.paths import DEMO
+from tests.support.server import Event, LocalServer, events
 
-DEMO = ROOT / "weights" / "demo"
 EXAMPLES_FOLDER = DEMO / "examples"
 EXAMPLES: list[dict[str, Any]] = json.loads((EXAMPLES_FOLDER / "questions.json").read_text())
 ONE_IMAGE = [example for example in EXAMPLES if len(example["images"]) == 1]
@@ -76,7 +76,7 @@ def answer(prediction: dict[str, Any]) -> str:
 
 
 def assert_answers(server: LocalServer) -> None:
-    """The server still works: it gives a right answer."""
+    """Assert that the server still works by asking an example question."""
     asked = ONE_IMAGE[0]
     assert answer(ask(server, image=example_image(), question=asked["question"])) == asked["answer"]
 

@@ -27,7 +27,7 @@ from tests.support.server import LocalServer, events
 
 
 @pytest.mark.parametrize("asked", ONE_IMAGE, ids=lambda asked: asked["question"])
-def test_jpeg_as_data_url(server: LocalServer, asked: dict[str, Any]) -> None:
+def test_jpeg_data_url_is_answered(server: LocalServer, asked: dict[str, Any]) -> None:
     prediction = ask(
         server, image=data_url(scene_image(asked["images"][0])), question=asked["question"]
     )
@@ -37,14 +37,16 @@ def test_jpeg_as_data_url(server: LocalServer, asked: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("asked", TWO_IMAGES, ids=lambda asked: asked["question"])
-def test_two_images(server: LocalServer, asked: dict[str, Any]) -> None:
+def test_image_and_images_are_combined(server: LocalServer, asked: dict[str, Any]) -> None:
     first, second = (data_url(scene_image(name)) for name in asked["images"])
     both = ask(server, image=first, images=[second], question=asked["question"])
     listed = ask(server, images=[first, second], question=asked["question"])
     assert answer(both) == answer(listed) == asked["answer"]
 
 
-def test_image_from_an_http_url(server: LocalServer, file_server: str, tmp_path: Path) -> None:
+def test_image_is_fetched_from_an_http_url(
+    server: LocalServer, file_server: str, tmp_path: Path
+) -> None:
     asked = ONE_IMAGE[0]
     scene_image(asked["images"][0]).save(tmp_path / "scene.jpg", quality=95)
     prediction = ask(server, image=f"{file_server}/scene.jpg", question=asked["question"])
@@ -82,7 +84,7 @@ def test_max_new_tokens_and_stop_sequences_end_the_answer(server: LocalServer) -
     assert stopped["metrics"]["stop_reason"] == "stop"
 
 
-def test_beam_search(server: LocalServer) -> None:
+def test_beam_search_answers(server: LocalServer) -> None:
     asked = ONE_IMAGE[0]
     prediction = ask(server, image=example_image(), question=asked["question"], num_beams=3)
     assert answer(prediction) == asked["answer"]
@@ -112,7 +114,7 @@ def test_concurrent_clients_get_their_own_answers(server: LocalServer) -> None:
         assert list(clients.map(ask_example, requests)) == [asked["answer"] for asked in requests]
 
 
-def test_choices(server: LocalServer) -> None:
+def test_answer_is_one_of_the_choices(server: LocalServer) -> None:
     asked = ONE_IMAGE[0]
     choices = ["a sunny day", asked["answer"], "seven"]
     prediction = ask(server, image=example_image(), question=asked["question"], choices=choices)
@@ -123,7 +125,7 @@ def test_choices(server: LocalServer) -> None:
     assert max(probabilities, key=probabilities.__getitem__) == asked["answer"]
 
 
-def test_json_schema(server: LocalServer) -> None:
+def test_answer_follows_the_json_schema(server: LocalServer) -> None:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
@@ -136,12 +138,12 @@ def test_json_schema(server: LocalServer) -> None:
     assert "choices" not in prediction["metrics"]
 
 
-def test_put_refuses_an_id_other_than_that_of_its_url(server: LocalServer) -> None:
+def test_put_rejects_an_id_that_differs_from_its_url(server: LocalServer) -> None:
     response = httpx.put(f"{server.url}/predictions/one", json={"id": "two", "input": {}})
     assert response.status_code == 422
 
 
-def test_health_check(server: LocalServer) -> None:
+def test_health_check_reports_that_the_server_is_ready(server: LocalServer) -> None:
     health = server.health()
     assert health["status"] == "READY"
     assert health["setup"]["status"] == "succeeded"

@@ -1,4 +1,4 @@
-"""Cog's server while predictions run: cancelled, abandoned, joined, and when it is full or stops.
+"""Cog's server while predictions run: cancelling, disconnecting, joining, a full server, SIGTERM.
 
 The checkpoint never ends an answer by itself, so a prediction runs until something ends it.
 """
@@ -16,7 +16,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.server.client import DEMO, METRICS, SECONDS, ask, cancel, streamed, until_output
+from tests.server.client import METRICS, SECONDS, ask, cancel, streamed, until_output
+from tests.support.paths import DEMO
 from tests.support.server import Event, LocalServer, serving
 
 ENDLESS: dict[str, Any] = {"question": "Talk.", "max_new_tokens": 2048}
@@ -82,7 +83,7 @@ def test_stream_starts_before_the_answer_is_complete(endless_server: LocalServer
     assert last["metrics"].keys() >= METRICS
 
 
-def test_full_server_refuses_one_more_and_streams_to_all(endless_server: LocalServer) -> None:
+def test_full_server_rejects_one_more_and_streams_to_all(endless_server: LocalServer) -> None:
     names = [f"full-{number}" for number in range(MAX_CONCURRENCY)]
     with running(endless_server, *names) as streams:
         assert endless_server.health()["status"] == "BUSY"
@@ -92,7 +93,7 @@ def test_full_server_refuses_one_more_and_streams_to_all(endless_server: LocalSe
         assert cancel(endless_server, name, rest)["metrics"]["batch_size"] == MAX_CONCURRENCY
 
 
-def test_cancel_of_one_among_many_frees_its_slot(endless_server: LocalServer) -> None:
+def test_cancelling_one_of_many_frees_its_slot(endless_server: LocalServer) -> None:
     names = [f"among-{number}" for number in range(MAX_CONCURRENCY)]
     with running(endless_server, *names) as streams:
         last = cancel(endless_server, names[1], streams.pop(names[1]))
@@ -101,7 +102,7 @@ def test_cancel_of_one_among_many_frees_its_slot(endless_server: LocalServer) ->
 
 
 @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
-def test_client_that_disconnects_frees_its_slot(endless_server: LocalServer, accept: str) -> None:
+def test_disconnecting_frees_the_slot(endless_server: LocalServer, accept: str) -> None:
     names = [f"staying-{number}" for number in range(MAX_CONCURRENCY - 1)]
     with running(endless_server, *names):
         url = httpx.URL(endless_server.url)
@@ -119,7 +120,7 @@ def test_client_that_disconnects_frees_its_slot(endless_server: LocalServer, acc
         assert ask(endless_server, question="Talk.", max_new_tokens=3)["status"] == "succeeded"
 
 
-def test_cancel_of_an_unknown_prediction(server: LocalServer) -> None:
+def test_cancelling_an_unknown_prediction_returns_404(server: LocalServer) -> None:
     assert httpx.post(f"{server.url}/predictions/nobody/cancel").status_code == 404
 
 
@@ -131,7 +132,7 @@ def test_put_again_joins_the_running_prediction(endless_server: LocalServer) -> 
         assert (again.json()["id"], again.json()["status"]) == ("joined", "processing")
 
 
-def test_sigterm_lets_running_predictions_finish_and_refuses_new_ones(endless: Path) -> None:
+def test_sigterm_lets_running_predictions_finish_and_rejects_new_ones(endless: Path) -> None:
     tokens = 1000
     with serving({"XGENMM_MODEL": str(endless)}) as stopping:
         stopping.wait_ready(SECONDS)

@@ -1,4 +1,4 @@
-"""Cog's server with inputs it has to refuse, and without weights."""
+"""Cog's server with invalid inputs, and without weights."""
 
 import shutil
 import struct
@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from tests.server.client import SECONDS, ask, assert_answers, data_url, example_image
-from tests.support.server import ROOT, LocalServer, ServerError, serving
+from tests.support.paths import ROOT
+from tests.support.server import LocalServer, ServerError, serving
 
 
 def oversized_png() -> bytes:
@@ -90,7 +91,7 @@ def test_error_names_the_invalid_input_and_the_next_request_works(
         ("json_schema", ["color"]),
     ],
 )
-def test_schema_refuses_a_value_of_wrong_type_or_out_of_range(
+def test_schema_rejects_a_value_of_wrong_type_or_out_of_range(
     server: LocalServer, name: str, value: object
 ) -> None:
     response = httpx.post(f"{server.url}/predictions", json={"input": {name: value}})

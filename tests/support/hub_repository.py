@@ -1,4 +1,4 @@
-"""A hub repository laid out like a released one, with small random tensors, and its downloads."""
+"""A hub repository in the released layout with small random tensors, and checks of downloads."""
 
 import json
 import subprocess
@@ -11,7 +11,6 @@ from safetensors.torch import save
 from tests.support.hub_server import HubServer
 from xgenmm.checkpoints.manifest import verify
 
-ROOT = Path(__file__).resolve().parents[2]
 NAME = "xgen-mm-phi3-mini-instruct-dpo-r-v1.5"
 REPO = f"Salesforce/{NAME}"
 BIG = "model-00002-of-00002.safetensors"
@@ -49,7 +48,7 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def assert_complete(root: Path, hub: HubServer) -> None:
-    """The downloaded folder verifies and has the hub's bytes and no others."""
+    """Assert that the downloaded folder verifies and has the checkpoint's files and no others."""
     folder = root / NAME
     assert {path.name for path in folder.iterdir()} == TAKEN | {"manifest.json"}
     for name in TAKEN:

@@ -92,12 +92,12 @@ class HubServer:
 
 
 def blob_id(content: bytes) -> str:
-    """Return git's blob id of a file's content."""
+    """Git's blob id of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def is_large(name: str) -> bool:
-    """Return whether the hub has a file in its content store (LFS)."""
+    """Whether the hub keeps a file in its content store (LFS)."""
     return name.endswith((".safetensors", ".model", ".bin"))
 
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 STOP_SECONDS = 10.0  # until a server that does not stop is killed
 
 

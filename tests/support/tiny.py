@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from tests.support.paths import DEMO
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.models.xgenmm import XGenMM
 
-DEMO = Path(__file__).resolve().parents[2] / "weights" / "demo"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",

@@ -1,4 +1,4 @@
-"""Tests of vLLM's chat with the demo: prompts and answers equal those of the package's engine."""
+"""vLLM's chat with the demo: prompts and answers equal those of the package's engine."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,13 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 import xgenmm
-from tests.support.server import ROOT, data_url
+from tests.support.paths import DEMO
+from tests.support.server import data_url
 from tests.vllm_plugin.engines import vllm_engine
 from xgenmm import Message, Request
 
 pytestmark = pytest.mark.timeout(900)
 
-DEMO = ROOT / "weights" / "demo"
 EXAMPLES = DEMO / "examples"
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -31,7 +31,7 @@ ONE_DEVICE: dict[str, Any] = {}
 TWO_DEVICES = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}  # half the tiles each
 
 
-@pytest.fixture(scope="module", params=[ONE_DEVICE, TWO_DEVICES], ids=["one", "two devices"])
+@pytest.fixture(scope="module", params=[ONE_DEVICE, TWO_DEVICES], ids=["one device", "two devices"])
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     with vllm_engine(DEMO, **request.param) as llm:
         yield llm
@@ -78,19 +78,21 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_prompts_and_answers_equal_the_engines(name: str, llm: LLM, engine: xgenmm.Engine) -> None:
+def test_prompts_and_answers_equal_those_of_the_engine(
+    name: str, llm: LLM, engine: xgenmm.Engine
+) -> None:
     request, messages = REQUESTS[name]
     output = llm.chat(messages, GREEDY, use_tqdm=False)[0]
     assert output.prompt_token_ids == prompt_ids(engine, request)
     assert output.outputs[0].text == answer(engine, request)
 
 
-def test_the_longest_prompt_exceeds_the_sliding_window(engine: xgenmm.Engine) -> None:
+def test_longest_prompt_exceeds_the_sliding_window(engine: xgenmm.Engine) -> None:
     request, _ = REQUESTS["beyond the window"]
     assert len(prompt_ids(engine, request)) > engine.config.decoder.window_keys
 
 
-def test_answers_of_a_batch_equal_the_engines(llm: LLM, engine: xgenmm.Engine) -> None:
+def test_batched_answers_equal_those_of_the_engine(llm: LLM, engine: xgenmm.Engine) -> None:
     requests = examples()
     outputs = llm.chat([messages for _, messages in requests], GREEDY, use_tqdm=False)
     texts = [output.outputs[0].text for output in outputs]
@@ -118,14 +120,14 @@ def test_structured_output_returns_one_of_the_choices(llm: LLM) -> None:
         ),
     ],
 )
-def test_wrong_messages_are_refused_with_the_packages_errors(
+def test_invalid_messages_are_rejected_with_the_errors_of_the_package(
     messages: list[dict[str, Any]], error: str, llm: LLM
 ) -> None:
     with pytest.raises(ValueError, match=error):
         llm.chat(messages, GREEDY, use_tqdm=False)
 
 
-def test_v1_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_v1_checkpoint_is_rejected(tmp_path: Path) -> None:
     config = {"architectures": ["Blip3ModelForConditionalGeneration"], "model_type": "blip_3"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"v1\.5 and demo, but this is v1"):

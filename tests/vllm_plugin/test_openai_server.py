@@ -1,4 +1,4 @@
-"""Tests of vLLM's OpenAI server with the demo, through OpenAI's client."""
+"""vLLM's OpenAI server with the demo, through OpenAI's client."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ import openai
 import pytest
 
 import xgenmm
-from tests.support.server import ROOT, data_url, free_port
+from tests.support.paths import DEMO
+from tests.support.server import data_url, free_port
 
 pytestmark = pytest.mark.timeout(900)
 
-DEMO = ROOT / "weights" / "demo"
 EXAMPLES = DEMO / "examples"
 START_SECONDS = 600.0
 
@@ -72,7 +72,7 @@ def read_questions() -> list[dict[str, Any]]:
     return questions
 
 
-def test_answers_equal_the_engines(client: openai.OpenAI) -> None:
+def test_answers_equal_those_of_the_engine(client: openai.OpenAI) -> None:
     engine = xgenmm.load("demo", device="cpu", dtype="float32")
     for example in read_questions():
         images = [xgenmm.read_image(EXAMPLES / name) for name in example["images"]]
@@ -84,7 +84,7 @@ def test_answers_equal_the_engines(client: openai.OpenAI) -> None:
         assert answer.choices[0].finish_reason == "stop"
 
 
-def test_a_streamed_answer_equals_the_whole(client: openai.OpenAI) -> None:
+def test_streamed_answer_equals_the_whole(client: openai.OpenAI) -> None:
     question = messages("What is to the left of the orange star?", ["scene-8.png"])
     whole = client.chat.completions.create(model="demo", messages=question)
     chunks = client.chat.completions.create(model="demo", messages=question, stream=True)
@@ -92,7 +92,7 @@ def test_a_streamed_answer_equals_the_whole(client: openai.OpenAI) -> None:
     assert "".join(streamed) == whole.choices[0].message.content
 
 
-def test_wrong_input_is_a_bad_request(client: openai.OpenAI) -> None:
+def test_invalid_input_is_a_bad_request(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="images: 1 given, but 2 <image>"):
         client.chat.completions.create(
             model="demo", messages=messages("<image> or <image>?", ["scene-8.png"])
