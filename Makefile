@@ -30,7 +30,7 @@ lint: $(TEST_ENVIRONMENT) ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-lock: $(ENVIRONMENT) ## pin all dependencies anew: make lock LOCK=--upgrade
+lock: $(ENVIRONMENT) ## pin all dependencies; to upgrade them: make lock LOCK=--upgrade
 	@$(BIN)/python -m scripts.lock $(LOCK)
 
 serve: $(ENVIRONMENT) ## run the HTTP server: make serve MODEL=demo PORT=5000
@@ -49,7 +49,7 @@ $(TEST_ENVIRONMENT): requirements-dev.txt
 	@$(MAKE_ENV) .venv -r requirements-dev.txt
 	@touch $(ENVIRONMENT) $@
 
-# The file has torch's build for CPUs, which is on PyTorch's own index:
+# The requirements pin torch's build for CPUs, which only PyTorch's own index has:
 # PIP_EXTRA_INDEX_URL=... make test-vllm
 $(VLLM_ENVIRONMENT): requirements-vllm.txt
 	@$(MAKE_ENV) .venv-vllm --no-deps -r requirements-vllm.txt

@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # `make predict` passes an empty string for what was not given.
+    # `make predict` passes an empty string for a variable that is not set.
     parser.add_argument("--image", type=_path, help="image file (default: one of the examples)")
     parser.add_argument("--question", default="", help="default: describe the image")
     parser.add_argument(
@@ -102,7 +102,7 @@ def _example(question: str) -> tuple[Path, str]:
 
 
 def _progress(task: str) -> Callable[[float], None]:
-    """A function of the seconds so far that prints a line every `PROGRESS_SECONDS`."""
+    """A callback for `wait_ready` that prints a line every `PROGRESS_SECONDS`."""
     printed = 0.0
 
     def progress(seconds: float) -> None:

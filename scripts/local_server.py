@@ -44,7 +44,7 @@ class LocalServer:
     def wait_ready(
         self, timeout: float, progress: Callable[[float], None] = lambda seconds: None
     ) -> float:
-        """Wait until the model is loaded; returns the seconds that took.
+        """Wait until the model is loaded; returns the seconds it took.
 
         Args:
             timeout: in seconds.

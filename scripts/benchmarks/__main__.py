@@ -1,16 +1,16 @@
 """Measure what the documentation claims: python -m scripts.benchmarks [PART...] [--json FILE]
 
 Prints a Markdown table: what was measured, its goal if it has one, and whether that is met. Each
-ratio is of two figures of the same run, measured in turns, so that both suffer equally from other
-work on the machine. The exit status is 1 if a goal is missed.
+ratio compares two figures of one run, measured alternately, so that other work on the machine
+affects both equally. The exit status is 1 if a goal is missed.
 
 http       demo checkpoint, CPU: 16 clients of Cog's server against one; one request through the
            engine against the same model without it
 image      mid-size random model: the second question on an image against the first
-golden     the original implementation's cases, all at once, beside other requests (needs --golden)
-soak       random requests, valid and invalid, read, cancelled and left: slots, memory, outcomes
+golden     the original implementation's cases in one batch with other requests (needs --golden)
+soak       random requests, valid or not, read, cancelled or abandoned: slots, memory, outcomes
 choices    demo checkpoint: right answers by `choices` against free ones; JSON by a schema
-quantised  demo checkpoint: right answers and drift of the logits by kind of quantization
+quantised  demo checkpoint: right answers and drift of the logits by kind of quantisation
 cpu        mid-size random model against `transformers`
 gpu        random model of the released size: everything that depends on a GPU
 caption    the program for datasets against loops of single predictions
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         ("single", "images for each loop of single predictions, over all rounds"),
         ("model", "a released name, demo, or a checkpoint folder"),
         ("actors", "Ray actors"),
-        ("rounds", "rounds of everything"),
+        ("rounds", "rounds of all measurements"),
     ):
         value = getattr(default, name)
         help_text = f"{description} (default: {value})"
@@ -138,7 +138,7 @@ def _names(parser: argparse.ArgumentParser, parts: Sequence[str], options: Optio
         possible = {"gpu": torch.cuda.is_available(), "golden": options.golden is not None}
         return [name for name in PARTS if possible.get(name, True)]
     if "gpu" in parts and not has_gpu:
-        parser.error("gpu: PyTorch finds no GPU here; with --tiny it runs, but measures nothing")
+        parser.error("gpu: PyTorch finds no GPU; with --tiny it runs, but its figures mean nothing")
     return list(parts)
 
 

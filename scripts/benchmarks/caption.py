@@ -2,8 +2,8 @@
 
 Measures loops over Cog's server and over an engine in this process, the program in one process, and
 the program with Ray, all on the same images of the demo's world and the same question, in
-alternating rounds. How long tower, resampler and prefill alone take shows what a program could gain
-at best: images do not share them.
+alternating rounds. The time of tower, resampler and prefill alone limits what any program can gain,
+since different images cannot share them.
 """
 
 import json

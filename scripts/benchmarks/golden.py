@@ -1,4 +1,4 @@
-"""The part `golden`: golden cases through the engine, all at once, beside other requests."""
+"""The part `golden`: golden cases through the engine, in one batch with other requests."""
 
 import logging
 from pathlib import Path
@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 def golden(options: Options) -> list[Row]:
     """Compare token ids with those of the original implementation.
 
-    Requests with other settings run beside the golden cases; theirs are compared with their ids
-    when run alone.
+    Requests with other settings run in the same batch; their ids are compared with those that they
+    get alone.
     """
     compared = [
         result for folder in golden_folders(options.golden) for result in check_engine(folder, 0)

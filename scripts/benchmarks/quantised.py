@@ -1,4 +1,4 @@
-"""The part `quantised`: what quantized weights cost the demo's answers."""
+"""The part `quantised`: how many right answers quantised weights cost the demo."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The part `soak`: thousands of random requests; nothing may be lost, leak or end wrongly."""
+"""The part `soak`: thousands of random requests; none may get lost, leak or end wrongly."""
 
 import logging
 import random

@@ -1,4 +1,4 @@
-"""The clients of the part `soak`: random requests, valid and invalid, read and left in all ways."""
+"""The clients of the part `soak`: random requests, read to the end, cancelled or abandoned."""
 
 import asyncio
 import contextlib

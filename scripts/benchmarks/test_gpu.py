@@ -1,4 +1,4 @@
-"""The parts that compare models run to their end; the figures of tiny models mean nothing."""
+"""The parts `gpu` and `cpu` on tiny models, whose figures mean nothing."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def figures(part: str, folder: Path) -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.timeout(300)
-def test_gpu_part_runs_everything(tmp_path: Path) -> None:
+def test_gpu_part_reports_all_measurements(tmp_path: Path) -> None:
     found = figures("gpu", tmp_path)
     assert {part for part, _ in found} >= {
         "ceilings",

@@ -1,4 +1,4 @@
-"""Random requests, valid and invalid, read, cancelled and left."""
+"""The part `soak` on a tiny model."""
 
 from pathlib import Path
 

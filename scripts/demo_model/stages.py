@@ -12,7 +12,7 @@ compare   the same, mostly on two images that are the same or nearly so
 match     the decoder alone, on many pairs of few images; it is also asked what one of them shows
           and the other does not, which teaches more than a bare yes or no
 rematch   the same once more, starting from a higher rate again
-settle    and a last time
+settle    the same a last time, from a lower rate
 """
 
 from collections.abc import Mapping

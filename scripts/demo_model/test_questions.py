@@ -99,7 +99,7 @@ def check_answer(scene: Scene, qa: QA) -> None:
         assert answer == scene.sign.word
 
 
-def test_answers_to_questions_on_one_image(scenes: list[Scene]) -> None:
+def test_answers_about_one_image_are_right(scenes: list[Scene]) -> None:
     rng = random.Random(18)
     asked: Counter[str] = Counter()
     for scene in scenes:
@@ -116,7 +116,7 @@ def same_content(first: Scene, second: Scene) -> bool:
     return names[0] == names[1] and words[0] == words[1]
 
 
-def test_answers_to_questions_on_two_images(fonts: list[Path]) -> None:
+def test_answers_about_two_images_are_right(fonts: list[Path]) -> None:
     rng = random.Random(19)
     answers: Counter[str] = Counter()
     for _ in range(600):
@@ -152,7 +152,7 @@ def fits(wordings: str, question: str) -> bool:
     return True
 
 
-def test_existence_is_balanced_and_its_negatives_are_hard(scenes: list[Scene]) -> None:
+def test_existence_questions_are_balanced_and_their_negatives_are_hard(scenes: list[Scene]) -> None:
     rng = random.Random(20)
     answers: Counter[str] = Counter()
     hard = noes = 0

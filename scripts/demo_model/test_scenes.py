@@ -69,7 +69,7 @@ def test_pairs_stay_within_the_bounds(fonts: list[Path]) -> None:
         assert 1 <= len(asked) <= 3
 
 
-def test_pairs_follow_the_share_of_related_ones_and_the_number_of_wordings(
+def test_sample_pair_follows_the_options_related_and_wordings(
     fonts: list[Path],
 ) -> None:
     def asked(**options: Any) -> list[list[QA]]:

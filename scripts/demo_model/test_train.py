@@ -58,7 +58,7 @@ def test_band_labels_combine_the_columns_of_tiles() -> None:
     assert int((sets[1:] > 0).sum()) == 4
 
 
-def test_packed_questions_get_the_logits_of_each_alone(tmp_path: Path) -> None:
+def test_packed_questions_get_the_first_token_of_each_alone(tmp_path: Path) -> None:
     write_folder(tmp_path)
     tokenizer = demo_tokenizer(tmp_path)
     torch.manual_seed(1)

@@ -63,14 +63,14 @@ def decode_seconds(device: Device, step: Step, batch: int, size: Size) -> float:
 
 
 def _weight_bytes(decoder: Phi3Decoder) -> int:
-    """What a decode step must read of the weights: all but the embeddings."""
+    """Bytes of weights that a decode step must read: all but the embeddings."""
     state = decoder.state_dict()
     tensors = (tensor for name, tensor in state.items() if "embed" not in name)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _cache_bytes(config: DecoderConfig, batch: int, context: int, dtype: torch.dtype) -> int:
-    """What a decode step must read of the key/value cache."""
+    """Bytes of the key/value cache that a decode step must read."""
     return 2 * config.num_layers * batch * context * config.hidden_size * dtype.itemsize
 
 

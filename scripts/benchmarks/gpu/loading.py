@@ -1,4 +1,4 @@
-"""Loading time, memory, and the speed and error of quantized weights."""
+"""Loading time, memory, and the speed and error of quantised weights."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ MEMORY_GOALS = {"bfloat16": 11.0, "int8": 7.0}  # GB
 
 
 def quantizing(device: Device, folder: Path, size: Size) -> tuple[XGenMM, list[Row]]:
-    """Compare each kind of quantization with the plain model in `folder`; returns that model."""
+    """Compare each kind of quantisation with the plain model in `folder`; returns that model."""
     model, plain_seconds, rows = _load(device, folder, size, None)
     torch.manual_seed(1)
     embeds = torch.randn(64, size.config.decoder.hidden_size, device=device.device) * 0.02
