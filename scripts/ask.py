@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 from httpx_sse import connect_sse
@@ -53,18 +54,22 @@ def ask(url: str, image: Path, question: str, model: str) -> int:
     print("answer    ", end="", flush=True)
     started = time.monotonic()
     body = {"input": {"image": data_url(image), "question": question}}
-    with (
-        httpx.Client(timeout=None) as client,
-        connect_sse(client, "POST", f"{url}/predictions", json=body) as source,
-    ):
-        if source.response.is_error:
-            print(f"\n{source.response.read().decode()}", file=sys.stderr)
-            return 1
-        for event in source.iter_sse():
-            if event.event == "output":
-                print(event.json()["chunk"], end="", flush=True)
-            elif event.event == "completed":
-                completed = event.json()
+    completed: dict[str, Any] = {"status": "failed", "error": "the server ended the answer early"}
+    try:
+        with (
+            httpx.Client(timeout=None) as client,
+            connect_sse(client, "POST", f"{url}/predictions", json=body) as source,
+        ):
+            if source.response.is_error:
+                print(f"\n{source.response.read().decode()}", file=sys.stderr)
+                return 1
+            for event in source.iter_sse():
+                if event.event == "output":
+                    print(event.json()["chunk"], end="", flush=True)
+                elif event.event == "completed":
+                    completed = event.json()
+    except httpx.TransportError as error:
+        completed["error"] = f"the connection to the server was lost ({error})"
     seconds = time.monotonic() - started
     print()
     if completed["status"] != "succeeded":

@@ -43,10 +43,10 @@ def main(arguments: list[str]) -> int:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     command, environment = installer(python)
     editable = ["--no-deps", "--no-build-isolation", "--editable", "."]
-    for arguments in (packages, editable):
-        status = _run_visibly([*command, *arguments], environment)
+    for selection in (packages, editable):
+        status = _run_visibly([*command, *selection], environment)
         if status:
-            failed = " ".join(arguments)
+            failed = " ".join(selection)
             print(f"installing {failed} into {folder} failed; see above", file=sys.stderr)
             return status
     print(f"created {folder} in {time.monotonic() - started:.0f} s", flush=True)

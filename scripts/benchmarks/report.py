@@ -64,11 +64,12 @@ def _figure(value: float, unit: str) -> str:
 
 def machine() -> str:
     """The devices and versions that a figure depends on, in one line."""
-    cpu = next(
+    names = (
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     )
+    cpu = next(names, platform.machine())  # ARM processors have no such line
     cores = len(os.sched_getaffinity(0))
     device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

@@ -42,7 +42,9 @@ def baseline(device: Device, model: XGenMM, size: Size, one_word: float) -> list
             for _ in range(2):
                 time_generate(theirs, prompt, size.tokens, **options)
             _, token = time_generate(theirs, prompt, size.tokens, **options)
-            rows.append(Row(f"{name}, static cache, compiled", "decode, batch 1", 1 / token))
+            rows.append(
+                Row(f"{name}, static cache, compiled", "decode, batch 1", 1 / token, "tokens/s")
+            )
         del theirs
     return rows
 
