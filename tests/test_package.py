@@ -104,7 +104,7 @@ def test_wheel_has_complete_metadata(wheel: Path) -> None:
         (name,) = (n for n in archive.namelist() if n.endswith("/entry_points.txt"))
         entry_points = archive.read(name).decode()
     assert "[console_scripts]\nxgenmm = xgenmm.__main__:main\n" in entry_points
-    assert "[vllm.general_plugins]\nxgenmm = xgenmm.vllm_plugin:register\n" in entry_points
+    assert "[vllm.general_plugins]\nxgenmm = xgenmm.vllm_plugin.plugin:register\n" in entry_points
 
 
 def test_package_is_imported_outside_of_a_checkout(environment: Path) -> None:

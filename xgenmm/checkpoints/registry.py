@@ -3,7 +3,6 @@
 Needs neither the network nor PyTorch.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ class Release:
 def releases() -> dict[str, Release]:
     """Return the known checkpoints by name, from `releases.json` beside this module."""
     path = Path(__file__).with_name("releases.json")
-    records = json.loads(path.read_text(encoding="utf-8"))
+    records = read_json_object(path)
     return {
         name: Release(
             name=name,

@@ -4,7 +4,6 @@
 does not change the results.
 """
 
-import json
 import random
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from xgenmm.engine.request import EngineRequest, StopReason
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.engine.scheduler import SchedulerConfig
 from xgenmm.evaluation.parity import golden_generations, golden_model, golden_prompt
+from xgenmm.files import read_json_object
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
@@ -80,7 +80,7 @@ def check_engine(folder: Path, seed: int) -> list[Comparison]:
     Each case gets three more requests with other settings. Their expected ids are those of
     `reference.generate`.
     """
-    description = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    description = read_json_object(folder / "cases.json")
     model, rng = golden_model(folder, description), random.Random(seed)
     end_ids = frozenset({description["text"]["eos_token_id"]})
     planned: list[tuple[str, bool, list[int], CollectingSink]] = []

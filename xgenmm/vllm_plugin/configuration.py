@@ -12,7 +12,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from xgenmm.config import from_json
 from xgenmm.models.phi3_huggingface import phi3_config
 from xgenmm.models.vision import siglip_config
-from xgenmm.vllm_plugin import ARCHITECTURE, TOKENIZER_MODE
+from xgenmm.vllm_plugin.plugin import ARCHITECTURE, TOKENIZER_MODE
 
 
 class XGenMMConfig(PretrainedConfig):
