@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from xgenmm.vllm_plugin.plugin import ARCHITECTURE
+from xgenmm.vllm_plugin.configuration import ARCHITECTURE
 
 WIDTH_FACTOR = 2
 _ATTENTION = ".self_attn."

@@ -1,17 +1,11 @@
-"""Beam search: the algorithm on log-probabilities, and a step of it for an engine request."""
+"""Beam search on log-probabilities."""
 
 import math
 from collections.abc import Collection
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from xgenmm.engine.request import EngineRequest
-
-if TYPE_CHECKING:
-    from xgenmm.engine.model_runner import ModelRunner
 
 
 class BeamSearch:
@@ -106,21 +100,3 @@ class BeamSearch:
                 return
             self._ended.remove(worst)
         self._ended.append((score, tokens))
-
-
-def advance_beams(
-    request: EngineRequest, runner: "ModelRunner", log_probs: Tensor
-) -> list[int] | None:
-    """Advance a request's search by one step and prepare its slots for the next.
-
-    log_probs: as `BeamSearch.advance` takes them.
-
-    Returns the token ids of the best answer once the search has finished.
-    """
-    search = request.beam_search
-    assert search is not None
-    parents, token_ids = search.advance(log_probs)
-    if search.finished:
-        return search.best()
-    runner.reorder_beams(request, parents, token_ids)
-    return None

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from xgenmm.engine.beam_search import BeamSearch, advance_beams
+from xgenmm.engine.beam_search import BeamSearch
 from xgenmm.engine.choices import score_choices
 from xgenmm.engine.metrics import Metrics
 from xgenmm.engine.model_runner import ModelRunner, StepOutput
@@ -183,9 +183,14 @@ class EngineCore:
         self._advance_beams(request, self.runner.score_beams(request, output.logits))
 
     def _advance_beams(self, request: EngineRequest, log_probs: torch.Tensor) -> None:
-        answer = advance_beams(request, self.runner, log_probs)
-        if answer is not None:
-            self.output.finish_beams(request, answer)
+        """Advance a request's search by one step and prepare its slots for the next."""
+        search = request.beam_search
+        assert search is not None
+        parents, token_ids = search.advance(log_probs)
+        if search.finished:
+            self.output.finish_beams(request, search.best())
+        else:
+            self.runner.reorder_beams(request, parents, token_ids)
 
     def _run_guarded(self, requests: Sequence[EngineRequest], work: Callable[[], T]) -> T | None:
         """Run `work` for these requests. If it raises, they fail and the engine continues."""

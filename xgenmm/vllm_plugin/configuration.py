@@ -12,7 +12,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from xgenmm.config import from_json
 from xgenmm.models.phi3_huggingface import phi3_config
 from xgenmm.models.vision import siglip_config
-from xgenmm.vllm_plugin.plugin import ARCHITECTURE, TOKENIZER_MODE
+
+ARCHITECTURE = "XGenMMModelForConditionalGeneration"
+TOKENIZER_MODE = "xgenmm"
+"""The name under which vLLM finds the tokenizer and the renderer."""
 
 
 class XGenMMConfig(PretrainedConfig):

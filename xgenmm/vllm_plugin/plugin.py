@@ -16,9 +16,6 @@ import logging
 
 PACKAGE = "xgenmm.vllm_plugin"
 VLLM_VERSION = "0.32"
-ARCHITECTURE = "XGenMMModelForConditionalGeneration"
-TOKENIZER_MODE = "xgenmm"
-"""The name under which vLLM finds the tokenizer and the renderer."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +38,13 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from xgenmm.vllm_plugin.configuration import Blip3Config, ModelDefaults, XGenMMConfig
+    from xgenmm.vllm_plugin.configuration import (
+        ARCHITECTURE,
+        TOKENIZER_MODE,
+        Blip3Config,
+        ModelDefaults,
+        XGenMMConfig,
+    )
 
     for config in (XGenMMConfig, Blip3Config):
         AutoConfig.register(config.model_type, config, exist_ok=True)
