@@ -1,5 +1,6 @@
 """Buckets and static inputs of `CudaGraphRunner`, with plain calls instead of CUDA graphs."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -48,6 +49,18 @@ def test_capture_runs_on_padding_only() -> None:
 
     CudaGraphRunner(lambda tokens, positions: positions[:, None].float(), 4, CPU, capture)
     assert captured_positions == [[-1.0]] * 3
+
+
+def test_no_garbage_is_collected_during_capture() -> None:
+    collecting = []
+
+    def capture(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        collecting.append(gc.isenabled())
+        return function
+
+    CudaGraphRunner(lambda tokens, positions: tokens[:, None].float(), 2, CPU, capture)
+    assert collecting == [False, False]
+    assert gc.isenabled()
 
 
 def test_batch_is_padded_to_the_smallest_bucket() -> None:

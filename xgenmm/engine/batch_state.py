@@ -44,11 +44,16 @@ class BatchState:
         if params.repetition_penalty != 1:
             self._seen[slot] = False
         if params.temperature > 0:
-            noise = uniform_noise(params).to(self.token.device)
-            self._noise[slot, : params.max_new_tokens] = noise
-        one, batch = SamplingMetadata.from_params([params], self.token.device), self._settings
-        for name in ("temperature", "top_k", "tail", "penalty"):
-            getattr(batch, name)[slot] = getattr(one, name)[0]
+            noise = uniform_noise(params)
+            if self._noise.is_cuda:
+                noise = noise.pin_memory()  # so that the host does not wait for the copy
+            self._noise[slot, : params.max_new_tokens].copy_(noise, non_blocking=True)
+        # Assigning a number fills on the device; a tensor made of it would be copied there.
+        batch = self._settings
+        batch.temperature[slot] = params.temperature
+        batch.top_k[slot] = params.top_k
+        batch.tail[slot] = 1 - params.top_p
+        batch.penalty[slot] = params.repetition_penalty
 
     def activate(self, slot: int) -> None:
         """Let the slot sample a token at each step from now on."""

@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 
 from xgenmm.engine.core import EngineCore
+from xgenmm.engine.device import use_device
 from xgenmm.engine.metrics import EngineStatus
 from xgenmm.engine.request import EngineRequest
 from xgenmm.engine.scheduler import SchedulerConfig
@@ -117,6 +118,7 @@ class EngineThread:
     @torch.inference_mode()
     def _run(self) -> None:
         try:
+            use_device(self._core.runner.model.device)
             while self._receive():
                 self._last_step = time.monotonic()
                 self._core.step(cancel_all=self._cancel_all)

@@ -11,6 +11,7 @@ import torch
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.config import XGenMMConfig
+from xgenmm.engine.device import resolve_device, use_device
 from xgenmm.engine.engine import MAX_NUM_SEQS, Engine
 from xgenmm.engine.scheduler import SchedulerConfig
 from xgenmm.errors import InputError
@@ -55,7 +56,8 @@ def load(
     if max_num_seqs < 1:
         raise InputError("max_num_seqs", f"must be at least 1, not {max_num_seqs}")
     folder = resolve(name_or_folder)
-    target = _device(device)
+    target = resolve_device(device)
+    use_device(target)
     weights_dtype = _dtype(dtype, target)
     if quantize is not None:
         check_quantization(quantize, target)
@@ -86,7 +88,7 @@ def _load_model(
     """Read the weights and, on a GPU, compile the decode kernels at the same time."""
     with torch.device("meta"):
         model = XGenMM(config)
-    with ThreadPoolExecutor(1) as executor:
+    with ThreadPoolExecutor(1, initializer=use_device, initargs=(device,)) as executor:
         compiled = None
         if device.type == "cuda":
             rows = min(max_num_seqs, MAX_ROWS)
@@ -95,20 +97,6 @@ def _load_model(
         if compiled is not None:
             compiled.result()
     return model
-
-
-def _device(wanted: str | torch.device | None) -> torch.device:
-    if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise InputError(
-            "device", f"{wanted!r} is not a device; use cpu, cuda or cuda:N"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device", f"{wanted} is not available: PyTorch finds no GPU; use cpu")
-    return device
 
 
 def _dtype(wanted: str | torch.dtype | None, device: torch.device) -> torch.dtype:

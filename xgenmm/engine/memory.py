@@ -35,5 +35,6 @@ def default_cache_bytes(model: XGenMM) -> int:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch holds in reserve counts as free
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -155,7 +155,7 @@ class ModelRunner:
         slot = request.slots[0]
         self._batch.activate(slot)
         logits = apply_token_masks(logits, {} if mask is None else {0: mask})
-        tokens = self._batch.sample(self._slots(request), logits)
+        tokens = self._batch.sample(slice(slot, slot + 1), logits)
         return StepOutput([(request, 0)], _copy_to_host(tokens), logits)
 
     def decode(self, batch: DecodeBatch, masks: Mapping[int, torch.Tensor]) -> StepOutput:

@@ -5,10 +5,11 @@ cache and static inputs, and replayed without waiting for the device. On a CPU: 
 reference that the kernels are tested against.
 """
 
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -117,9 +118,10 @@ class CudaGraphRunner:
         self._tokens = torch.zeros(needed[-1], dtype=torch.int64, device=device)
         self._positions = torch.full_like(self._tokens, -1)
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
-        for bucket in reversed(needed):  # largest first: the smaller ones reuse its memory
-            tokens, positions = self._tokens[:bucket], self._positions[:bucket]
-            self._replay[bucket] = capture(partial(step, tokens, positions))
+        with _garbage_collection_paused():
+            for bucket in reversed(needed):  # largest first: the smaller ones reuse its memory
+                tokens, positions = self._tokens[:bucket], self._positions[:bucket]
+                self._replay[bucket] = capture(partial(step, tokens, positions))
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Tokens and positions int64 [n] -> logits float32 [n, vocab], valid until the next call.
@@ -134,6 +136,19 @@ class CudaGraphRunner:
         self._positions[:count].copy_(positions)
         self._positions[count:bucket].fill_(-1)
         return self._replay[bucket]()[:count]
+
+
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Collect garbage before this block, not in it: freeing a dead graph invalidates a capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def cuda_capture() -> Capture:

@@ -122,7 +122,10 @@ class XGenMM(nn.Module):
 
     def embed_ids(self, ids: Sequence[int]) -> torch.Tensor:
         """Token ids -> [length, decoder width]."""
-        return self.decoder.embed(torch.tensor(ids, dtype=torch.long, device=self.device))
+        host_ids = torch.tensor(ids, dtype=torch.long)
+        if self.device.type == "cuda":
+            host_ids = host_ids.pin_memory()  # so that the host does not wait for the copy
+        return self.decoder.embed(host_ids.to(self.device, non_blocking=True))
 
     @torch.inference_mode()
     def merge_multimodal_embeddings(
@@ -170,18 +173,22 @@ class XGenMM(nn.Module):
         longest = max(lengths)
         padded = max(longest, min(padded_length(longest), cache.max_length - max(starts)))
         embeds = torch.stack([F.pad(chunk, (0, 0, 0, padded - len(chunk))) for chunk in chunks])
-        offsets = torch.arange(padded, device=device)
-        positions = torch.tensor(starts, device=device)[:, None] + offsets
+        first_rows = range(len(chunks))
+        # One copy for all three, from pinned memory, so that the host does not wait for the GPU.
+        indices = torch.tensor([starts, lengths, first_rows if rows is None else rows])
+        if device.type == "cuda":
+            indices = indices.pin_memory()
+        start_of, length_of, row_of = indices.to(device, non_blocking=True)
+        positions = start_of[:, None] + torch.arange(padded, device=device)
         hidden = self.decoder(
             embeds,
             positions.clamp(max=cache.max_length - 1),
             cache,
             max(start + length for start, length in zip(starts, lengths, strict=True)),
-            rows=None if rows is None else torch.tensor(rows, device=device),
+            rows=None if rows is None else row_of,
             start=starts[0] if len(set(starts)) == 1 else None,
         )
-        last = torch.tensor(lengths, device=device) - 1
-        return self.logits(hidden[torch.arange(len(chunks), device=device), last])
+        return self.logits(hidden[torch.arange(len(chunks), device=device), length_of - 1])
 
     @torch.inference_mode()
     def decode(
