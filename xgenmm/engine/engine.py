@@ -13,6 +13,7 @@ from PIL import Image
 
 from xgenmm.engine.answer import Answer
 from xgenmm.engine.choices import choice_token_ids
+from xgenmm.engine.core import EngineCore
 from xgenmm.engine.engine_thread import EngineThread
 from xgenmm.engine.lru_cache import LRUCache
 from xgenmm.engine.memory import default_cache_bytes, fitting_slots
@@ -40,7 +41,7 @@ class Engine:
     Args:
         model: on its device, with its weights.
         max_num_seqs: maximum number of requests answered at once; fewer if their KV cache does not
-            fit half of the free memory.
+            fit half of the free memory. The attribute is the number that fits.
         cache_bytes: memory for images and prompts cached between requests; by default an eighth
             of the free memory, at most 4 GB.
         scheduler_config: by default the one for the model's device.
@@ -62,16 +63,13 @@ class Engine:
             cache_bytes = default_cache_bytes(model)
         if scheduler_config is None:
             scheduler_config = SchedulerConfig.for_device(model.device.type)
-        num_slots = fitting_slots(model, max_num_seqs)
-        self._thread = EngineThread(model, self.end_ids, num_slots, cache_bytes, scheduler_config)
+        self.max_num_seqs = fitting_slots(model, max_num_seqs)
+        self._thread = EngineThread(
+            EngineCore(model, self.end_ids, self.max_num_seqs, cache_bytes, scheduler_config)
+        )
         self._tiles: LRUCache[TiledImage] = LRUCache(min(cache_bytes, MAX_TILE_BYTES))
         # The thread holds no reference to the engine, so it ends when the engine is collected.
         weakref.finalize(self, self._thread.close)
-
-    @property
-    def max_num_seqs(self) -> int:
-        """How many requests are answered at once."""
-        return self._thread.num_slots
 
     def preprocess_image(
         self, image: bytes | Image.Image | TiledImage, name: str = "image"

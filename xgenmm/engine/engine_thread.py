@@ -4,7 +4,6 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Collection
 from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
@@ -14,9 +13,7 @@ from xgenmm.engine.core import EngineCore
 from xgenmm.engine.device import use_device
 from xgenmm.engine.metrics import EngineStatus
 from xgenmm.engine.request import EngineRequest
-from xgenmm.engine.scheduler import SchedulerConfig
 from xgenmm.errors import EngineError
-from xgenmm.models.xgenmm import XGenMM
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +34,11 @@ def _stop_all() -> None:
 class EngineThread:
     """Runs an `EngineCore` in a separate thread. All methods may be called from any thread.
 
-    The arguments are those of `EngineCore`. The thread starts with the first request.
+    The thread starts with the first request.
     """
 
-    def __init__(
-        self,
-        model: XGenMM,
-        end_ids: Collection[int],
-        num_slots: int,
-        cache_bytes: int,
-        config: SchedulerConfig,
-    ) -> None:
-        self.num_slots = num_slots
-        self._core = EngineCore(model, end_ids, num_slots, cache_bytes, config)
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
         self._inbox: SimpleQueue[EngineRequest | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="xgenmm-engine", daemon=True)
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from xgenmm.engine.core import EngineCore
 from xgenmm.engine.engine_thread import EngineThread
 from xgenmm.engine.prompt_hashes import PromptHashes
 from xgenmm.engine.reference import generate
@@ -97,7 +98,8 @@ def check_engine(folder: Path, seed: int) -> list[Comparison]:
             planned.append((name, stage in case, ids, sink))
             requests.append(_engine_request(model, prompt, tiles, settings, sink))
     rng.shuffle(requests)
-    thread = EngineThread(model, end_ids, MAX_NUM_SEQS, CACHE_BYTES, SchedulerConfig())
+    core = EngineCore(model, end_ids, MAX_NUM_SEQS, CACHE_BYTES, SchedulerConfig())
+    thread = EngineThread(core)
     for request in requests:
         thread.submit(request)
     compared = [Comparison(name, golden, ids, sink.result()) for name, golden, ids, sink in planned]
