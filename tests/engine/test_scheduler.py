@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any, cast
 
 from tests.support.engine_requests import LATENTS, RecordingSink, engine_request, image
 from xgenmm.engine.request import EngineRequest
@@ -122,7 +123,7 @@ def test_pending_images_are_encoded_before_the_prefill() -> None:
     request = engine_request(10, image(3))
     scheduler = scheduler_with(request, engine_request())
     assert encode(scheduler).num_tiles == 3
-    request.image_features[0] = None  # type: ignore[assignment]  # encoded
+    request.image_features[0] = cast(Any, "features")
     assert prefill(scheduler)[0] == PrefillChunk(request, 0, 3 * LATENTS + 10)
 
 
@@ -177,7 +178,7 @@ def test_beams_are_not_decoded_with_overlapped_steps() -> None:
     request, config = prefilled(engine_request()), SchedulerConfig(overlapped_steps=1)
     scheduler = scheduler_with(request, config=config)
     assert scheduler.overlapped_steps == 1
-    request.beam_search = object()  # type: ignore[assignment]
+    request.beam_search = cast(Any, object())
     assert scheduler.overlapped_steps == 0
     request.num_computed_tokens = 0  # still in its prompt
     assert scheduler.overlapped_steps == 1

@@ -13,6 +13,7 @@ from xgenmm.engine.sampler import (
     uniform_noise,
 )
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
+from xgenmm.models.transfer import to_device
 
 
 class BatchState:
@@ -44,10 +45,8 @@ class BatchState:
         if params.repetition_penalty != 1:
             self._seen[slot] = False
         if params.temperature > 0:
-            noise = uniform_noise(params)
-            if self._noise.is_cuda:
-                noise = noise.pin_memory()  # so that the host does not wait for the copy
-            self._noise[slot, : params.max_new_tokens].copy_(noise, non_blocking=True)
+            noise = to_device(uniform_noise(params), self._noise.device)
+            self._noise[slot, : params.max_new_tokens] = noise
         # Assigning a number fills on the device; a tensor made of it would be copied there.
         batch = self._settings
         batch.temperature[slot] = params.temperature

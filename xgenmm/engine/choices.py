@@ -7,6 +7,7 @@ import torch
 from xgenmm.config import TextConfig
 from xgenmm.engine.request import EngineRequest
 from xgenmm.models.kv_cache import KVCache
+from xgenmm.models.transfer import to_device
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.prompts import ASSISTANT, END_OF_CHUNK
 from xgenmm.preprocessing.tokenizer import SpecialToken, Tokenizer
@@ -45,7 +46,7 @@ def score_choices(
         for index, rows in zip(
             group, model.score_continuations(texts, start, slot, kv_cache), strict=True
         ):
-            following = torch.tensor(request.choices[index][1:], device=rows.device)
+            following = to_device(torch.tensor(request.choices[index][1:]), rows.device)
             scores[index] = scores[index] + rows.log_softmax(-1).gather(1, following[:, None]).sum()
     return torch.stack(scores)
 

@@ -21,6 +21,7 @@ from xgenmm.engine.request import EngineRequest
 from xgenmm.engine.sampler import apply_token_masks
 from xgenmm.engine.scheduler import DecodeBatch, EncodeBatch, PrefillChunk
 from xgenmm.kernels.cuda_graphs import build_decode_step
+from xgenmm.models.transfer import to_device
 from xgenmm.models.xgenmm import XGenMM
 
 logger = logging.getLogger(__name__)
@@ -193,13 +194,13 @@ class ModelRunner:
         """Let beam i continue beam `parents[i]` with the token `token_ids[i]`."""
         device, length = self.model.device, request.num_computed_tokens
         slots = self._slots(request)
-        sources = slots[torch.tensor(parents, device=device)]
+        sources = slots[to_device(torch.tensor(parents), device)]
         self.kv_cache.reorder(sources, length, into=slots)
-        tokens = torch.tensor(token_ids, device=device)
+        tokens = to_device(torch.tensor(token_ids), device)
         self._batch.reorder_beams(slots, sources, tokens, length)
 
     def _slots(self, request: EngineRequest) -> torch.Tensor:
-        return torch.tensor(request.slots, device=self.model.device)
+        return to_device(torch.tensor(request.slots), self.model.device)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

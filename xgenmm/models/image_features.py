@@ -11,6 +11,7 @@ import math
 import torch
 
 from xgenmm.config import Size, TilingConfig
+from xgenmm.models.transfer import to_device
 
 
 def normalize(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) -> torch.Tensor:
@@ -19,8 +20,8 @@ def normalize(pixels: torch.Tensor, config: TilingConfig, dtype: torch.dtype) ->
     uint8 [tiles, tile_size, tile_size, 3] -> `dtype` [tiles, 3, tile_size, tile_size], on the
     device of the pixels.
     """
-    mean = torch.tensor(config.mean, device=pixels.device)
-    std = torch.tensor(config.std, device=pixels.device)
+    mean = to_device(torch.tensor(config.mean), pixels.device)
+    std = to_device(torch.tensor(config.std), pixels.device)
     values = (pixels.to(torch.float32) / 255 - mean) / std
     return values.permute(0, 3, 1, 2).to(dtype)
 

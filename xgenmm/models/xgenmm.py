@@ -15,6 +15,7 @@ from xgenmm.models.image_features import normalize, padding_mask, regroup
 from xgenmm.models.kv_cache import KVCache
 from xgenmm.models.phi3 import Phi3Decoder
 from xgenmm.models.resampler import PerceiverResampler
+from xgenmm.models.transfer import to_device
 from xgenmm.models.vision import build_tower
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
@@ -79,7 +80,7 @@ class XGenMM(nn.Module):
         if not images:
             return []
         pixels = torch.from_numpy(np.concatenate([image.pixels for image in images]))
-        tiles = normalize(pixels.to(self.device), self.config.tiling, self.dtype)
+        tiles = normalize(to_device(pixels, self.device), self.config.tiling, self.dtype)
         features: torch.Tensor = self.vlm.vision_encoder(tiles)
         per_image = features.split([image.pixels.shape[0] for image in images])
         return [
@@ -105,7 +106,7 @@ class XGenMM(nn.Module):
         masks = [
             padding_mask(image.columns, image.rows, image.image_size, side) for image in images
         ]
-        mask = torch.cat(masks).to(self.device)
+        mask = to_device(torch.cat(masks), self.device)
         text = None
         if prompt is not None and self.config.resampler.text_tokens:
             text = self.embed_ids(prompt.ids)
@@ -122,10 +123,7 @@ class XGenMM(nn.Module):
 
     def embed_ids(self, ids: Sequence[int]) -> torch.Tensor:
         """Token ids -> [length, decoder width]."""
-        host_ids = torch.tensor(ids, dtype=torch.long)
-        if self.device.type == "cuda":
-            host_ids = host_ids.pin_memory()  # so that the host does not wait for the copy
-        return self.decoder.embed(host_ids.to(self.device, non_blocking=True))
+        return self.decoder.embed(to_device(torch.tensor(ids, dtype=torch.long), self.device))
 
     @torch.inference_mode()
     def merge_multimodal_embeddings(
@@ -174,11 +172,8 @@ class XGenMM(nn.Module):
         padded = max(longest, min(padded_length(longest), cache.max_length - max(starts)))
         embeds = torch.stack([F.pad(chunk, (0, 0, 0, padded - len(chunk))) for chunk in chunks])
         first_rows = range(len(chunks))
-        # One copy for all three, from pinned memory, so that the host does not wait for the GPU.
         indices = torch.tensor([starts, lengths, first_rows if rows is None else rows])
-        if device.type == "cuda":
-            indices = indices.pin_memory()
-        start_of, length_of, row_of = indices.to(device, non_blocking=True)
+        start_of, length_of, row_of = to_device(indices, device)  # one copy for all three
         positions = start_of[:, None] + torch.arange(padded, device=device)
         hidden = self.decoder(
             embeds,
@@ -231,17 +226,17 @@ class XGenMM(nn.Module):
         the logits of the token after its ids 0 to i.
         """
         device = self.device
-        ids = torch.tensor([token for tokens in continuations for token in tokens], device=device)
+        ids = [token for tokens in continuations for token in tokens]
         lengths = [len(tokens) for tokens in continuations]
         positions, mask = _continuation_mask(
-            torch.tensor(lengths, device=device), start, self.config.decoder.window_keys
+            to_device(torch.tensor(lengths), device), start, self.config.decoder.window_keys
         )
         hidden = self.decoder(
-            self.decoder.embed(ids)[None],
+            self.embed_ids(ids)[None],
             positions[None],
             cache,
             start + len(ids),
-            rows=torch.tensor([row], device=device),
+            rows=to_device(torch.tensor([row]), device),
             indices=(start + torch.arange(len(ids), device=device))[None],
             mask=mask[None, None],
         )
