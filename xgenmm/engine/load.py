@@ -17,6 +17,7 @@ from xgenmm.engine.scheduler import SchedulerConfig
 from xgenmm.errors import InputError
 from xgenmm.kernels.cuda_graphs import MAX_ROWS, compile_kernels
 from xgenmm.models.quantization import check_quantization
+from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
@@ -94,6 +95,7 @@ def _load_model(
             rows = min(max_num_seqs, MAX_ROWS)
             compiled = executor.submit(compile_kernels, config, rows, dtype, quantize)
         load_parameters(model, folder, device=device, dtype=dtype, quantize=quantize)
+        fuse_attention(model.vlm.vision_encoder)
         if compiled is not None:
             compiled.result()
     return model

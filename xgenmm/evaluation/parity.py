@@ -27,6 +27,7 @@ from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.files import read_json_object
 from xgenmm.models.image_features import normalize, padding_mask
+from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
@@ -193,6 +194,7 @@ def golden_model(folder: Path, golden: Mapping[str, Any]) -> XGenMM:
     with torch.device("meta"):
         model = XGenMM(golden_config(golden))
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    fuse_attention(model.vlm.vision_encoder)
     return model.eval().requires_grad_(False)
 
 
