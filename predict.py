@@ -41,6 +41,9 @@ from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.preprocessing.prompts import parse_messages
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
+# Seconds for which text is joined. Cog sends an event, or a webhook with all text so far, for each
+# piece, and replays only the last 1,024 events to a client that reconnects.
+STREAM_INTERVAL = 0.05
 
 Number = TypeVar("Number", int, float)
 
@@ -205,7 +208,7 @@ class Predictor(BasePredictor):
         answer = self.engine.stream(replace(request, images=images))
         prediction.add_done_callback(lambda _: answer.cancel())
         try:
-            yield from answer
+            yield from answer.pieces(STREAM_INTERVAL)
             if prediction.cancelled():
                 raise CancelationException
         finally:

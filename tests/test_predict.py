@@ -48,7 +48,8 @@ class SilentAnswer:
         self.usage = Usage()
         self.cancelled = threading.Event()
 
-    def __iter__(self) -> Iterator[str]:
+    def pieces(self, interval: float) -> Iterator[str]:
+        assert interval <= 0.05
         yield "one "
         assert self.cancelled.wait(WAIT), "the answer was not cancelled"
 
@@ -57,7 +58,7 @@ class SilentAnswer:
 
 
 class BrokenAnswer(SilentAnswer):
-    def __iter__(self) -> Iterator[str]:
+    def pieces(self, interval: float) -> Iterator[str]:
         yield "one "
         raise EngineError("the device is gone")
 

@@ -68,7 +68,7 @@ def test_image_marker_places_the_image(server: LocalServer) -> None:
 
 def test_same_seed_gives_the_same_answer(server: LocalServer) -> None:
     inputs = {"image": example_image(), "temperature": 2, "seed": 7, "max_new_tokens": 20}
-    assert ask(server, **inputs)["output"] == ask(server, **inputs)["output"]
+    assert answer(ask(server, **inputs)) == answer(ask(server, **inputs))
 
 
 def test_max_new_tokens_and_stop_sequences_end_the_answer(server: LocalServer) -> None:

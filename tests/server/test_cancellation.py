@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.server.client import METRICS, SECONDS, ask, cancel, streamed, until_output
 from tests.support.paths import DEMO
-from tests.support.server import Event, LocalServer, serving
+from tests.support.server import Event, LocalServer, events, serving
 
 ENDLESS: dict[str, Any] = {"question": "Talk.", "max_new_tokens": 2048}
 MAX_CONCURRENCY = 4
@@ -81,6 +81,20 @@ def test_stream_starts_before_the_answer_is_complete(endless_server: LocalServer
     assert last["metrics"]["stop_reason"] == "cancelled"
     assert last["metrics"]["output_tokens"] < ENDLESS["max_new_tokens"]
     assert last["metrics"].keys() >= METRICS
+
+
+def test_text_is_joined_into_few_events(endless_server: LocalServer) -> None:
+    tokens, interval = 400, 0.05
+    started = time.monotonic()
+    with streamed(endless_server, "joined", question="Talk.", max_new_tokens=tokens) as response:
+        received = [(time.monotonic(), event) for event in events(response)]
+    seconds = [at - started for at, event in received if event.name == "output"]
+    ended, last = received[-1]
+    assert last.data["metrics"]["output_tokens"] == tokens
+    # The first and the last need not be an interval after the one before.
+    assert 2 < len(seconds) <= 2 + (ended - started) / interval
+    assert len(seconds) < tokens / 2
+    assert seconds[0] < (ended - started) / 2
 
 
 def test_full_server_rejects_one_more_and_streams_to_all(endless_server: LocalServer) -> None:

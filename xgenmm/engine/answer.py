@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -59,6 +60,29 @@ class Answer:
                 return
             if not self.cancelled:
                 yield item
+
+    def pieces(self, interval: float) -> Iterator[str]:
+        """Iterate over the text in fewer, longer pieces, for callers to whom each one is costly.
+
+        The first piece is yielded at once. After each piece, text is joined for `interval`
+        seconds or until the answer ends. Text that precedes an error is yielded before it is
+        raised. Generating a token does not wake up the caller's thread during the interval.
+        """
+        ended = False
+        while not ended:
+            items = [self._items.get(), *self._waiting_items()]
+            ended = not isinstance(items[-1], str)
+            text = "".join(item for item in items if isinstance(item, str))
+            due = time.monotonic() + interval
+            if text and not self.cancelled:
+                yield text
+            _raise_error(items[-1])
+            self._ended.wait(due - time.monotonic())
+
+    def _waiting_items(self) -> Iterator[str | Exception | None]:
+        with suppress(Empty):
+            while True:
+                yield self._items.get_nowait()
 
     def text(self) -> str:
         """Wait for the whole answer and return it. Raises the error if the request fails."""
