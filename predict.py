@@ -7,6 +7,8 @@ streams the text of the answer and reports the metrics. Environment variables co
     XGENMM_DEVICE        `cuda`, `cuda:N` or `cpu`; default: a GPU if there is one
     XGENMM_DTYPE         `bfloat16`, `float16` or `float32`; default: bfloat16 on a GPU, else float32
     XGENMM_QUANTIZE      `int8` or `fp8`: the weights of the decoder
+    XGENMM_MEMORY        share of the GPU's memory for weights, workspace and caches; default: 0.9
+    XGENMM_DECODE        `plain` or `kernels` to insist on one of the decode paths of a GPU
     XGENMM_TIMEOUT       seconds after which generation stops and the partial text is returned
     COG_MAX_CONCURRENCY  predictions at once; `cog build` sets it from `@concurrent` below
 
@@ -37,6 +39,7 @@ from cog import (
 import xgenmm
 from cog_compat import prediction_future
 from xgenmm import Engine, InputError, Request, SamplingParams
+from xgenmm.engine.engine import GPU_MEMORY_UTILIZATION
 from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.preprocessing.prompts import parse_messages
 
@@ -74,6 +77,8 @@ class Predictor(BasePredictor):
             dtype=os.environ.get("XGENMM_DTYPE") or None,
             quantize=os.environ.get("XGENMM_QUANTIZE") or None,
             max_num_seqs=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
+            gpu_memory_utilization=_setting("XGENMM_MEMORY", float) or GPU_MEMORY_UTILIZATION,
+            decode=os.environ.get("XGENMM_DECODE") or "auto",
         )
         self.engine.warm_up()
         # Cog has no shutdown hook; its worker process exits after the last prediction.

@@ -30,6 +30,8 @@ SETTINGS = (
     "XGENMM_DEVICE",
     "XGENMM_DTYPE",
     "XGENMM_QUANTIZE",
+    "XGENMM_DECODE",
+    "XGENMM_MEMORY",
     "XGENMM_TIMEOUT",
     "COG_MAX_CONCURRENCY",
 )
@@ -126,7 +128,14 @@ def start(
 def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     predictor(monkeypatch, engine)
-    nothing = {"device": None, "dtype": None, "quantize": None, "max_num_seqs": MOST_BEAMS}
+    nothing: dict[str, Any] = {
+        "device": None,
+        "dtype": None,
+        "quantize": None,
+        "max_num_seqs": MOST_BEAMS,
+        "gpu_memory_utilization": 0.9,
+        "decode": "auto",
+    }
     assert engine.loaded == ("xgen-mm-phi3-mini-instruct-interleave-r-v1.5", nothing)
     predictor(
         monkeypatch,
@@ -135,13 +144,22 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         XGENMM_DEVICE="cpu",
         XGENMM_DTYPE="float32",
         XGENMM_QUANTIZE="int8",
+        XGENMM_MEMORY="0.5",
+        XGENMM_DECODE="plain",
         COG_MAX_CONCURRENCY="12",
     )
-    named = {"device": "cpu", "dtype": "float32", "quantize": "int8"}
-    assert engine.loaded == ("demo", {**named, "max_num_seqs": 12})
+    named: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "quantize": "int8",
+        "gpu_memory_utilization": 0.5,
+        "decode": "plain",
+        "max_num_seqs": 12,
+    }
+    assert engine.loaded == ("demo", named)
 
 
-@pytest.mark.parametrize("name", ["XGENMM_TIMEOUT", "COG_MAX_CONCURRENCY"])
+@pytest.mark.parametrize("name", ["XGENMM_TIMEOUT", "XGENMM_MEMORY", "COG_MAX_CONCURRENCY"])
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
 def test_setup_rejects_a_setting_that_is_not_a_positive_number(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str

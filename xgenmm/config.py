@@ -11,6 +11,9 @@ from typing import Any, Literal, TypeVar
 
 Size = tuple[int, int]  # (width, height), as in PIL
 
+BLOCK_SIZE = 32
+"""Positions of one block of the KV cache."""
+
 HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, also used by DFN
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -4,8 +4,12 @@ Prints a Markdown table: what was measured, its goal if it has one, and whether 
 ratio compares two figures of one run, measured alternately, so that other work on the machine
 affects both equally. The exit status is 1 if a goal is missed.
 
+host       a model that costs nothing, CPU: the engine's own work in a step; Cog's server with
+           streaming clients
 http       demo checkpoint, CPU: 16 clients of Cog's server against one; one request through the
            engine against the same model without it
+peers      demo checkpoint and mid-size random model, CPU: 64 image questions at once against vLLM
+           and a loop over `transformers`
 image      mid-size random model: the second question on an image against the first
 golden     the original implementation's cases in one batch with other requests (needs --golden)
 soak       random requests, valid or not, read, cancelled or abandoned: slots, memory, outcomes
@@ -22,7 +26,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,15 +37,19 @@ from scripts.benchmarks.choices import choices
 from scripts.benchmarks.cpu import cpu
 from scripts.benchmarks.golden import golden, golden_folders
 from scripts.benchmarks.gpu.run import gpu
+from scripts.benchmarks.host import host
 from scripts.benchmarks.http import http
 from scripts.benchmarks.image import image
+from scripts.benchmarks.peers import peers
 from scripts.benchmarks.quantised import quantised
 from scripts.benchmarks.report import HEAD, Options, Row, machine
 from scripts.benchmarks.soak import soak
 from xgenmm import InputError
 
-PARTS: Mapping[str, Callable[[Options], list[Row]]] = {
+PARTS: Mapping[str, Callable[[Options], Iterable[Row]]] = {
+    "host": host,
     "http": http,
+    "peers": peers,
     "image": image,
     "golden": golden,
     "soak": soak,
@@ -103,13 +111,25 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="cpu, gpu: only check that they run, on any device; the figures mean nothing",
     )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=default.rounds,
+        help=f"caption, host, peers: rounds of all measurements (default: {default.rounds})",
+    )
+    parser.add_argument(
+        "--vllm",
+        type=Path,
+        metavar="PYTHON",
+        default=default.vllm,
+        help=f"peers: the interpreter of vLLM's environment (default: {default.vllm})",
+    )
     caption_group = parser.add_argument_group("caption")
     for name, description in (
         ("images", "images of the data set"),
         ("single", "images for each loop of single predictions, over all rounds"),
         ("model", "a released name, demo, or a checkpoint folder"),
         ("actors", "Ray actors"),
-        ("rounds", "rounds of all measurements"),
     ):
         value = getattr(default, name)
         help_text = f"{description} (default: {value})"

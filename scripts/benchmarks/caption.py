@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
+import torch
 
 import xgenmm
 from scripts.benchmarks.report import Options, Row
@@ -25,6 +26,8 @@ from scripts.demo_model.drawing import draw
 from scripts.demo_model.fonts import held_out_fonts
 from scripts.demo_model.sampling import sample_scene
 from scripts.local_server import data_url, predict, serving
+from xgenmm.engine.reference import next_logits
+from xgenmm.models.attention import GrowingCache
 
 SEED = 7
 QUESTION = "Describe the image."
@@ -117,12 +120,12 @@ def _no_answers(files: Sequence[Path], model: str) -> float:
     engine = xgenmm.load(model)
     tiles = [engine.preprocess_image(xgenmm.read_image(path)) for path in files]
     prompt = engine.prompt(xgenmm.Request(QUESTION, tiles[:1]))
-    cache = engine.model.cache(4, engine.config.decoder.max_positions)
+    window = engine.config.decoder.window_keys
     started = time.monotonic()
     for first in range(0, len(tiles), 4):
         vision = engine.model.encode(tiles[first : first + 4])
         embeds = [engine.model.merge_multimodal_embeddings(prompt, [tokens]) for tokens in vision]
-        engine.model.prefill(embeds, cache)
+        next_logits(engine.model, torch.stack(embeds), 0, GrowingCache(window))
     rate = len(files) / (time.monotonic() - started)
     engine.close()
     return rate

@@ -12,8 +12,8 @@ import torch
 from scripts.benchmarks.random_data import TINY_CONFIG, random_model
 from scripts.benchmarks.report import Options, Row
 from scripts.benchmarks.transformers_baseline import time_generate
-from xgenmm.config import DecoderConfig, VisionConfig
-from xgenmm.kernels.cuda_graphs import build_decode_step
+from xgenmm.config import BLOCK_SIZE, DecoderConfig, VisionConfig
+from xgenmm.models.attention import prompt_segment
 from xgenmm.models.phi3_huggingface import to_transformers
 from xgenmm.models.xgenmm import XGenMM
 
@@ -51,20 +51,22 @@ def cpu(options: Options) -> list[Row]:
     ]
 
 
+@torch.inference_mode()
 def _time_decoder(model: XGenMM, embeds: torch.Tensor, tokens: int) -> tuple[float, float]:
     """Seconds to the first token, allocation of the cache included, and from each to the next.
 
     embeds: [positions, width].
     """
-    length = embeds.shape[0]
+    length, window = embeds.shape[0], model.config.decoder.window_keys
     started = time.perf_counter()
-    cache = model.cache(1, length + tokens)
-    step = build_decode_step(model, cache)
-    token = model.prefill([embeds], cache).argmax(-1)
+    cache = model.cache(1 + -(-(length + tokens) // BLOCK_SIZE))
+    tables = torch.arange(1, cache.num_blocks)[None]
+    segment = prompt_segment(0, length, tables[0], window, model.dtype)
+    token = model.logits(model.forward(embeds, [segment], cache)[-1:]).argmax(-1)
     int(token)
     first = time.perf_counter()
-    for number in range(tokens - 1):
-        position = length + number
-        token = step(token, token.new_tensor([position]), cache, position + 1).argmax(-1)
+    for position in range(length, length + tokens - 1):
+        positions = token.new_tensor([position])
+        token = model.decode(token, positions, tables, cache, position + 1).argmax(-1)
         int(token)
     return first - started, (time.perf_counter() - first) / (tokens - 1)

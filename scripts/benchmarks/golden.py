@@ -1,13 +1,20 @@
 """The part `golden`: golden cases through the engine, in one batch with other requests."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.benchmarks.report import Options, Row
 from xgenmm import InputError
-from xgenmm.evaluation.engine_parity import check_engine
+from xgenmm.evaluation.engine_parity import NUM_BLOCKS, Comparison, check_engine
 
 logger = logging.getLogger(__name__)
+
+
+FEW_BLOCKS = 7
+"""Hold the longest golden request and little more, so that requests are preempted all the time."""
+
+SEEDS = 3
 
 
 def golden(options: Options) -> list[Row]:
@@ -16,17 +23,28 @@ def golden(options: Options) -> list[Row]:
     Requests with other settings run in the same batch; their ids are compared with those that they
     get alone.
     """
-    compared = [
-        result for folder in golden_folders(options.golden) for result in check_engine(folder, 0)
-    ]
+    folders = golden_folders(options.golden)
+    rows = _compare(folders, 0, NUM_BLOCKS)
+    for seed in range(SEEDS):
+        rows += _compare(folders, seed, FEW_BLOCKS)
+    return rows
+
+
+def _compare(folders: Sequence[Path], seed: int, num_blocks: int) -> list[Row]:
+    compared, preemptions = list[Comparison](), 0
+    for folder in folders:
+        results, count = check_engine(folder, seed, num_blocks)
+        compared, preemptions = compared + results, preemptions + count
     for result in compared:
         if result.found != result.expected:
             logger.warning("%s: %s instead of %s", result.name, result.found, result.expected)
     rows = []
+    where = f"{num_blocks} blocks, {preemptions} preemptions"
     for is_golden, what in ((True, "golden ids as the original's"), (False, "others as alone")):
         equal = [r.found == r.expected for r in compared if r.golden is is_golden]
         share = 100 * sum(equal) / len(equal)
-        rows.append(Row("golden", f"{what}: {sum(equal)} of {len(equal)}", share, "%", 100))
+        title = f"{what}: {sum(equal)} of {len(equal)} ({where})"
+        rows.append(Row("golden", title, share, "%", 100))
     return rows
 
 

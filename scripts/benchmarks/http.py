@@ -107,7 +107,7 @@ def _body(request: xgenmm.Request) -> bytes:
 
 def _latencies(requests: Sequence[xgenmm.Request]) -> tuple[list[float], list[float]]:
     """Seconds of each request through an engine without caches, and without an engine."""
-    engine = xgenmm.load("demo", device="cpu", cache_bytes=0)
+    engine = xgenmm.load("demo", device="cpu", prefix_caching=False)
     methods: list[Callable[[xgenmm.Request], str]] = [
         lambda request: engine.stream(request).text(),
         partial(answer_text, engine),

@@ -11,7 +11,8 @@ import xgenmm
 from scripts.benchmarks.report import Options, Row
 from scripts.demo_model.evaluation_set import Case, evaluation_groups
 from xgenmm import Engine, Request
-from xgenmm.engine.reference import prompt_embeddings
+from xgenmm.engine.reference import next_logits, prompt_embeddings
+from xgenmm.models.attention import GrowingCache
 from xgenmm.models.quantization import QUANTIZATIONS, drift
 
 MAX_NUM_SEQS = 16
@@ -72,4 +73,6 @@ def _right(engine: Engine, group: Sequence[Case]) -> list[bool]:
 def _first_logits(engine: Engine, case: Case) -> torch.Tensor:
     """Logits [1, vocab] of the first token of an answer."""
     embeds = prompt_embeddings(engine, Request(case.question, case.images))
-    return engine.model.prefill([embeds], engine.model.cache(1, embeds.shape[0]))
+    return next_logits(
+        engine.model, embeds[None], 0, GrowingCache(engine.config.decoder.window_keys)
+    )

@@ -3,20 +3,23 @@
 import dataclasses
 import io
 import json
+import lzma
 import random
-import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from scripts.local_server import ROOT
-from xgenmm.checkpoints.registry import read_config
 from xgenmm.config import DecoderConfig, ResamplerConfig, TilingConfig, VisionConfig, XGenMMConfig
-from xgenmm.models.xgenmm import XGenMM
 
+if TYPE_CHECKING:
+    from xgenmm.models.xgenmm import XGenMM
+
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "weights" / "demo"
+RELEASED_TOKENIZER = ROOT / "tests" / "golden" / "tokenizer" / "checkpoint"  # compressed
 TINY_CONFIG = XGenMMConfig(
     VisionConfig("siglip", 16, 16, 1, 1, 28, 14),
     ResamplerConfig(4, 1, 1, 16),
@@ -26,8 +29,12 @@ TINY_CONFIG = XGenMMConfig(
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
 
 
-def random_model(config: XGenMMConfig, device: torch.device, dtype: torch.dtype) -> XGenMM:
+def random_model(
+    config: XGenMMConfig, device: torch.device, dtype: torch.dtype, std: float = 0.02
+) -> "XGenMM":
     """A model with random weights, made on the device; equal calls give equal weights."""
+    from xgenmm.models.xgenmm import XGenMM  # not installed everywhere: einops
+
     with torch.device("meta"):
         model = XGenMM(config)
     model.to(dtype).to_empty(device=device)
@@ -35,33 +42,36 @@ def random_model(config: XGenMMConfig, device: torch.device, dtype: torch.dtype)
     for name, parameter in model.named_parameters():
         values = parameter.detach()
         if parameter.ndim > 1:
-            values.normal_(0, 0.02)
+            values.normal_(0, std)
         else:
             values.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return model.eval().requires_grad_(False)
 
 
 def write_weights(
-    folder: Path, config: XGenMMConfig, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: XGenMMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    std: float = 0.02,
 ) -> None:
     """Write random weights as `model.safetensors`."""
-    state = random_model(config, device, dtype).state_dict()
+    state = random_model(config, device, dtype, std).state_dict()
     save_file(state, folder / "model.safetensors")
 
 
 def write_checkpoint(
-    folder: Path, config: XGenMMConfig, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: XGenMMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    std: float = 0.02,
 ) -> None:
-    """Write a checkpoint folder with random weights and the demo's tokenizer and vocabulary."""
-    demo = read_config(DEMO).decoder
-    decoder = dataclasses.replace(
-        config.decoder, vocab_size=demo.vocab_size, initial_vocab=demo.initial_vocab
-    )
-    config = dataclasses.replace(config, decoder=decoder)
-    for name in _TOKENIZER_FILES:
-        shutil.copy(DEMO / name, folder)
+    """Write a checkpoint folder with random weights and a tokenizer."""
+    write_tokenizer(folder, config)
     content = {
         "architectures": ["XGenMMModelForConditionalGeneration"],
+        "model_type": "xgenmm",
         "vision_encoder_config": dataclasses.asdict(config.vision),
         "vision_tokenizer_config": dataclasses.asdict(config.resampler),
         "text_config": dataclasses.asdict(config.decoder),
@@ -69,7 +79,20 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(content))
     preprocessor = {"grids": config.tiling.grids}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    write_weights(folder, config, device, dtype)
+    write_weights(folder, config, device, dtype, std)
+
+
+def write_tokenizer(folder: Path, config: XGenMMConfig) -> None:
+    """Write the files of the tokenizer with the vocabulary of the configuration.
+
+    That is the released one or, for smaller vocabularies, the demo's.
+    """
+    released = config.decoder.vocab_size == DecoderConfig.vocab_size
+    for name in _TOKENIZER_FILES:
+        file = (RELEASED_TOKENIZER if released else DEMO) / name
+        compressed = file.with_name(f"{name}.xz")
+        content = file.read_bytes() if file.exists() else lzma.decompress(compressed.read_bytes())
+        (folder / name).write_bytes(content)
 
 
 def noise_image(rng: random.Random, size: tuple[int, int]) -> Image.Image:

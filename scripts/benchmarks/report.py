@@ -24,23 +24,24 @@ class Options:
     model: str = "demo"
     actors: int = 2
     rounds: int = 3
+    vllm: Path = Path(".venv-vllm/bin/python")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure, and its goal if it has one."""
+    """One figure, None if it was not measured, and its goal if it has one."""
 
     part: str
     measured: str
-    value: float
+    value: float | None
     unit: str = ""
     at_least: float | None = None
     at_most: float | None = None
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None without a goal."""
-        if self.at_least is None and self.at_most is None:
+        """Whether the goal is met; None without a goal or without a figure."""
+        if self.value is None or (self.at_least is None and self.at_most is None):
             return None
         low = -float("inf") if self.at_least is None else self.at_least
         high = float("inf") if self.at_most is None else self.at_most
@@ -49,15 +50,18 @@ class Row:
     def __str__(self) -> str:
         goal = ""
         if self.at_least is not None:
-            goal = f"≥ {_figure(self.at_least, self.unit)}"
+            goal = f"≥ {format_figure(self.at_least, self.unit)}"
         elif self.at_most is not None:
-            goal = f"≤ {_figure(self.at_most, self.unit)}"
+            goal = f"≤ {format_figure(self.at_most, self.unit)}"
         met = {True: "yes", False: "**no**", None: ""}[self.met]
-        cells = (self.part, self.measured, _figure(self.value, self.unit), goal, met)
+        cells = (self.part, self.measured, format_figure(self.value, self.unit), goal, met)
         return f"| {' | '.join(cells)} |"
 
 
-def _figure(value: float, unit: str) -> str:
+def format_figure(value: float | None, unit: str) -> str:
+    """A figure with its unit, to three digits."""
+    if value is None:
+        return "not measured"
     digits = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
     return f"{digits} {unit}".strip()
 

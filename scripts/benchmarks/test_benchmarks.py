@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmarks import http, image
+from scripts.benchmarks import host, http, image, peers
 from scripts.benchmarks.__main__ import main
 from scripts.benchmarks.report import Row
 from scripts.local_server import LocalServer
@@ -22,7 +22,14 @@ SMALL = replace(
 
 @pytest.mark.parametrize(
     ("part", "requests", "goals"),
-    [("http", 1, 1), ("image", 1, 1), ("choices", 7, 2), ("quantised", 1, 0)],
+    [
+        ("host", 1, 7),
+        ("http", 1, 1),
+        ("peers", 2, 2),
+        ("image", 1, 1),
+        ("choices", 7, 2),
+        ("quantised", 1, 0),
+    ],
 )
 def test_part_prints_and_writes_its_figures(
     part: str,
@@ -34,9 +41,12 @@ def test_part_prints_and_writes_its_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(image, "MID_SIZE", SMALL)
+    monkeypatch.setattr(peers, "MID_SIZE", SMALL)
+    monkeypatch.setattr(host, "TOKENS", 40)
     monkeypatch.setattr(http, "serving", lambda environment: nullcontext(server))
     file = tmp_path / "figures.json"
-    status = main([part, "--requests", str(requests), "--scenes", "4", "--json", str(file)])
+    small = ["--requests", str(requests), "--scenes", "4", "--rounds", "1", "--vllm", "absent"]
+    status = main([part, *small, "--json", str(file)])
     figures = json.loads(file.read_text())
     met = [row["met"] for row in figures["rows"] if row["met"] is not None]
     assert len(met) == goals
@@ -64,6 +74,6 @@ def test_errors_say_which_part_or_option_is_wrong(
         with pytest.raises(SystemExit):
             main(arguments)
     printed = capsys.readouterr().err
-    assert "unknown part: speed; must be http, image," in printed
+    assert "unknown part: speed; must be host, http," in printed
     assert f"golden: {tmp_path} has no folder with a model.safetensors in it" in printed
     assert "golden: give --golden FOLDER" in printed

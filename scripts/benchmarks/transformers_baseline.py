@@ -1,4 +1,4 @@
-"""Time `generate` of `transformers`, the baseline of the parts `cpu` and `gpu`."""
+"""Time `generate` of `transformers`, the baseline of the parts `cpu`, `gpu` and `peers`."""
 
 import time
 from typing import Any, cast
@@ -29,10 +29,21 @@ def time_generate(
 
     embeds: [1, positions, width]. options: further arguments of `generate`.
     """
-    streamer = TokenTimes()
     started = time.perf_counter()
+    _, times = generate_ids(model, embeds, tokens, **options)
+    return times[0] - started, (times[-1] - times[0]) / (tokens - 1)
+
+
+def generate_ids(
+    model: Phi3ForCausalLM, embeds: torch.Tensor, tokens: int, **options: Any
+) -> tuple[list[int], list[float]]:
+    """Greedy ids, and when each arrived, in `time.perf_counter` seconds.
+
+    embeds: [1, positions, width]. options: further arguments of `generate`.
+    """
+    streamer = TokenTimes()
     with torch.inference_mode():
-        cast(Any, model).generate(
+        output = cast(Any, model).generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
             max_new_tokens=tokens,
@@ -40,5 +51,5 @@ def time_generate(
             streamer=streamer,
             **options,
         )
-    times = streamer.times[-tokens:]
-    return times[0] - started, (times[-1] - times[0]) / (tokens - 1)
+    ids = output[0].tolist()
+    return ids, streamer.times[-len(ids) :]  # the streamer gets the empty prompt first

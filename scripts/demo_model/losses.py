@@ -17,6 +17,7 @@ from scripts.demo_model.labelled_images import (
     label_sets,
 )
 from scripts.demo_model.packing import Rows
+from xgenmm.models.attention import UncachedAttention
 from xgenmm.models.image_features import regroup
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.tiling import TiledImage
@@ -135,7 +136,7 @@ def answer_loss(
     length = branch.shape[1]
     related = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    hidden = model.decoder.forward_uncached(embeds, rows.positions, (related & causal)[:, None])
+    hidden = model.decoder(embeds, rows.positions, UncachedAttention((related & causal)[:, None]))
     learnt = rows.labels >= 0
     labels = rows.labels[learnt]
     # Logits of additional tokens directly follow those of the vocabulary, as their ids do.

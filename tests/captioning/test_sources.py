@@ -1,5 +1,7 @@
 """Listing the records of INPUT: folders, tables, tar files, and inputs that cannot be listed."""
 
+import csv
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,12 +121,14 @@ def test_repeated_keys_of_a_tar_get_distinct_ids(tmp_path: Path) -> None:
 )
 def test_input_that_cannot_be_listed_is_rejected(
     tmp_path: Path,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     source: str,
     template: str,
     column: str,
     message: str,
 ) -> None:
+    request.addfinalizer(partial(csv.field_size_limit, csv.field_size_limit()))
     monkeypatch.setattr("xgenmm.captioning.tables.MAX_CSV_FIELD_CHARS", 10)
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.jsonl").write_text('{"image": "a.png", "alt": "a"}')

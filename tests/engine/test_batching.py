@@ -4,7 +4,7 @@ import asyncio
 import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -18,12 +18,20 @@ from PIL import Image
 import xgenmm
 from tests.support import tiny
 from xgenmm import Answer, Engine, EngineError, InputError, Message, Request, SamplingParams
+from xgenmm.engine import model_runner
 from xgenmm.engine.choices import choice_token_ids
+from xgenmm.engine.memory import IMAGE_SHARE
 from xgenmm.engine.reference import answer_text as alone
 from xgenmm.engine.scheduler import Scheduler, SchedulerConfig
+from xgenmm.kernels.cuda_graphs import DecodePath
+from xgenmm.models.attention import Segment, UncachedAttention
+from xgenmm.models.kv_cache import KVCache
+from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.tiling import tile_image
 
 SLOTS = 6
+CACHE_BYTES = 1 << 22
+BLOCK_BYTES = 2 * 2 * 32 * 32 * 4  # of the tiny checkpoint: 2 layers of width 32 in float32
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def loaded(folder: Path) -> Engine:
 @pytest.fixture(scope="module")
 def uncached(folder: Path) -> Iterator[Engine]:
     """An engine without caches, whose answers are the reference for those with caches."""
-    started = xgenmm.load(folder, max_num_seqs=1, cache_bytes=0)
+    started = xgenmm.load(folder, max_num_seqs=1, prefix_caching=False)
     yield started
     started.close()
 
@@ -58,8 +66,8 @@ def engine(loaded: Engine, config: SchedulerConfig) -> Iterator[Engine]:
 
 @contextmanager
 def running_engine(loaded: Engine, config: SchedulerConfig) -> Iterator[Engine]:
-    """An engine with the model of `loaded`; at the end, all of its slots must be free."""
-    started = Engine(loaded.model, loaded.tokenizer, SLOTS, 1 << 24, config)
+    """An engine with the model of `loaded`; at the end, all of its blocks must be free."""
+    started = Engine(loaded.model, loaded.tokenizer, SLOTS, CACHE_BYTES, scheduler_config=config)
     yield started
     started.close()
     assert_all_free(started)
@@ -68,7 +76,7 @@ def running_engine(loaded: Engine, config: SchedulerConfig) -> Iterator[Engine]:
 def assert_all_free(engine: Engine) -> None:
     status = engine.status()
     assert (status.running, status.waiting) == (0, 0)
-    assert status.free_slots == engine.max_num_seqs
+    assert status.free_blocks == status.num_blocks
 
 
 def image(color: str = "red", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -105,26 +113,33 @@ def mixed_requests(seed: int, count: int) -> list[Request]:
     ]
 
 
-@contextmanager
-def gate(target: object, name: str) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Block calls of a method.
+def decoding(segments: Sequence[Segment]) -> int:
+    """How many sequences decode a token in a forward pass."""
+    first = segments[0].mask
+    return len(segments[0].positions) if first is not None and first.shape[2] == 1 else 0
 
-    Yields two events: the first call sets `entered`; the test sets `release` to unblock calls.
+
+@contextmanager
+def decode_gate(model: XGenMM) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Block the forward passes that decode.
+
+    Yields two events: the first such pass sets `entered`; the test sets `release` to unblock it.
     """
-    original: Callable[..., Any] = getattr(target, name)
+    original = model.forward
     entered, release = threading.Event(), threading.Event()
 
-    def held(*arguments: Any, **named: Any) -> Any:
-        entered.set()
-        assert release.wait(60)
-        return original(*arguments, **named)
+    def held(embeds: torch.Tensor, segments: Sequence[Segment], cache: KVCache) -> torch.Tensor:
+        if decoding(segments):
+            entered.set()
+            assert release.wait(60)
+        return original(embeds, segments, cache)
 
-    setattr(target, name, held)
+    model.forward = held  # type: ignore[method-assign]
     try:
         yield entered, release
     finally:
         release.set()
-        setattr(target, name, original)
+        model.forward = original  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -182,7 +197,7 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch(engine: Engine, seed: in
 
 
 def test_requests_are_added_while_others_run(engine: Engine) -> None:
-    with gate(engine.model, "decode") as (entered, release):
+    with decode_gate(engine.model) as (entered, release):
         first = engine.stream(asking(limit=100))
         assert entered.wait(60)
         second = engine.stream(asking("And this?", limit=3))
@@ -218,7 +233,7 @@ def test_answer_can_be_read_after_its_first_reader_closed_its_event_loop(engine:
             return piece
         return ""
 
-    with gate(engine.model, "decode") as (entered, release):
+    with decode_gate(engine.model) as (entered, release):
         answer = engine.stream(asking(limit=100))
         begun = asyncio.run(first(answer))
         assert entered.wait(60)
@@ -232,14 +247,14 @@ def test_answer_can_be_read_after_its_first_reader_closed_its_event_loop(engine:
 def test_long_prompt_is_prefilled_in_chunks_between_steps(
     loaded: Engine, config: SchedulerConfig
 ) -> None:
-    config = replace(config, max_chunk_tokens=16, max_encode_tiles=5)
+    config = replace(config, max_num_batched_tokens=16)
     long = asking("Which?", "red", "blue", "green", "black")
     expected = alone(loaded, long)
     with (
         running_engine(loaded, config) as engine,
-        recorded(engine.model, "features", "prefill_chunk", "decode") as calls,
+        recorded(engine.model, "features", "forward") as calls,
     ):
-        with gate(engine.model, "decode") as (entered, release):
+        with decode_gate(engine.model) as (entered, release):
             running = engine.stream(asking(limit=60))
             assert entered.wait(60)
             answer = engine.stream(long)
@@ -247,24 +262,24 @@ def test_long_prompt_is_prefilled_in_chunks_between_steps(
             assert answer.text() == expected
         running.cancel()
         running.text()
-    work = [(name, arguments[0]) for name, arguments in calls]
-    steps = [i for i, (name, _) in enumerate(work) if name == "decode"]
-    between = work[steps[0] : steps[-1]]
-    names = [name for name, _ in between]
-    assert all("decode" in pair for pair in pairwise(names))
-    chunks = [sum(map(len, parts)) for name, parts in between if name == "prefill_chunk"]
-    tiles = [sum(len(p.pixels) for p in shown) for name, shown in between if name == "features"]
-    assert max(chunks) <= 16
-    assert tiles == [5, 5, 5, 5]
+    names = [name for name, _ in calls]
+    encoded = [arguments[0] for name, arguments in calls if name == "features"]
+    assert [sum(len(one.pixels) for one in images) for images in encoded] == [5, 5, 5, 5]
+    begun = names.index("features")
+    assert "features" not in {a for a, b in pairwise(names[begun:]) if b == "features"}
+    passes = [arguments for name, arguments in calls[begun:] if name == "forward"]
+    while_both_run = passes[: 1 + max(i for i, (_, s, _) in enumerate(passes) if len(s) > 1)]
+    assert all(decoding(segments) for _, segments, _ in while_both_run)
+    assert max(len(embeds) for embeds, _, _ in while_both_run) == 16
 
 
 def test_waiting_images_are_encoded_together(loaded: Engine, config: SchedulerConfig) -> None:
-    config = replace(config, max_encode_tiles=32)
+    config = replace(config, max_num_batched_tokens=2048)
     with (
         running_engine(loaded, config) as engine,
         recorded(engine.model, "features") as calls,
     ):
-        with gate(engine.model, "decode") as (entered, release):
+        with decode_gate(engine.model) as (entered, release):
             running = engine.stream(asking())
             assert entered.wait(60)
             answers = [engine.stream(asking("What?", color)) for color in ("red", "blue", "red")]
@@ -279,13 +294,13 @@ def test_waiting_images_are_encoded_together(loaded: Engine, config: SchedulerCo
 def test_second_question_prefills_only_its_own_tokens(engine: Engine, uncached: Engine) -> None:
     first, second = asking("What is it?", "red", "blue"), asking("Which color?", "red", "blue")
     engine.stream(first).text()
-    with recorded(engine.model, "features", "prefill_chunk") as calls:
+    with recorded(engine.model, "features", "forward") as calls:
         answer = engine.stream(second)
         assert answer.text() == uncached.stream(second).text()
-    assert [name for name, _ in calls] == ["prefill_chunk"]
+    assert {name for name, _ in calls} == {"forward"}
     usage = answer.usage
     assert usage.image_tokens < usage.cached_tokens < usage.prompt_tokens
-    assert sum(len(part) for part in calls[0][1][0]) == usage.prompt_tokens - usage.cached_tokens
+    assert len(calls[0][1][0]) == usage.prompt_tokens - usage.cached_tokens
 
 
 def test_next_turn_reuses_prompt_and_answer(engine: Engine, uncached: Engine) -> None:
@@ -303,7 +318,7 @@ def test_next_turn_reuses_prompt_and_answer(engine: Engine, uncached: Engine) ->
 def test_caches_never_return_a_wrong_entry(tmp_path: Path, version: str) -> None:
     checkpoint = tiny.checkpoint(tmp_path / version, version)
     warm = xgenmm.load(checkpoint, max_num_seqs=2, cache_bytes=1 << 24)
-    cold = xgenmm.load(checkpoint, max_num_seqs=2, cache_bytes=0)
+    cold = xgenmm.load(checkpoint, max_num_seqs=2, prefix_caching=False)
     almost = image()
     almost.putpixel((20, 15), (255, 0, 60))
     images = [image(), almost, image(size=(30, 40)), image(size=(80, 60))]
@@ -319,14 +334,31 @@ def test_caches_never_return_a_wrong_entry(tmp_path: Path, version: str) -> None
 
 
 def test_caches_respect_their_limit(folder: Path) -> None:
-    small = xgenmm.load(folder, max_num_seqs=2, cache_bytes=100_000)
-    for number in range(12):
+    limit = 400_000
+    small = xgenmm.load(folder, max_num_seqs=2, cache_bytes=limit)
+    for number in range(24):
         request = asking(f"Number {number}?", "red", limit=2)
         small.stream(Request(request.question, [image(size=(40 + number, 30))])).cancel()
         small.stream(request).text()
-        assert small.status().cache_bytes <= 100_000
-    assert small.status().cached_blocks > 0
+        assert small.status().image_cache_bytes <= limit * IMAGE_SHARE
+    assert 0 < small.status().cached_blocks <= small.status().num_blocks
     small.close()
+    with pytest.raises(InputError, match=r"^cache_bytes: .* fewer than the 256"):
+        xgenmm.load(folder, cache_bytes=100_000)
+
+
+def test_preempted_requests_give_the_same_answers(loaded: Engine, config: SchedulerConfig) -> None:
+    """The KV cache holds a few requests at their full length, and six run at once."""
+    requests = [asking(f"{i}?", limit=150, temperature=1.0, seed=i) for i in range(12)]
+    requests += mixed_requests(5, 20)
+    tight = Engine(loaded.model, loaded.tokenizer, SLOTS, 14 * BLOCK_BYTES, scheduler_config=config)
+    answers = [tight.stream(request) for request in requests]
+    for answer, request in zip(answers, requests, strict=True):
+        assert answer.text() == alone(loaded, request), request
+    tight.close()
+    assert_all_free(tight)
+    assert tight.status().preemptions > 5
+    assert tight.status().preemptions == sum(answer.usage.preemptions for answer in answers)
 
 
 # Choices
@@ -346,9 +378,8 @@ def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
         ids = choice_token_ids(engine.tokenizer, engine.config.text, choice)
         whole = torch.cat([embeds, engine.model.embed_ids(ids)])[None]
         length = whole.shape[1]
-        positions = torch.arange(length)[None]
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril().triu(-63)
-        hidden = engine.model.decoder.forward_uncached(whole, positions, mask)
+        attend = UncachedAttention(torch.ones(length, length, dtype=torch.bool).tril().triu(-63))
+        hidden = engine.model.decoder(whole, torch.arange(length)[None], attend)
         logits = engine.model.logits(hidden)[0, len(embeds) - 1 : -1].log_softmax(-1)
         scores.append(logits.gather(1, torch.tensor(ids)[:, None]).sum())
     expected = torch.stack(scores).softmax(0)
@@ -365,7 +396,8 @@ def test_choices_scored_in_several_passes_have_the_same_probabilities(
     request = Request("What?", choices=tuple(f"word {i}" for i in range(40)))
     whole = engine.stream(request)
     text = whole.text()
-    with running_engine(engine, replace(config, max_chunk_tokens=20)) as other:
+    config = replace(config, max_num_batched_tokens=20, max_idle_batched_tokens=20)
+    with running_engine(engine, config) as other:
         parts = other.stream(request)
         assert parts.text() == text
     assert parts.usage.choices == pytest.approx(whole.usage.choices, abs=1e-6)
@@ -385,7 +417,7 @@ def test_choices_scored_in_several_passes_have_the_same_probabilities(
         ),
         (
             {"sampling": SamplingParams(num_beams=8)},
-            rf"^num_beams: 8 beams need as many slots and this engine has {SLOTS}",
+            rf"^num_beams: 8 beams exceed the {SLOTS} sequences of a step",
         ),
     ],
 )
@@ -408,24 +440,25 @@ def test_cancel_frees_the_slot_within_a_step(
         next(one)
     waiting = engine.stream(asking("Me too?", limit=2))
     with (
-        recorded(engine.model, "decode", "prefill_chunk") as calls,
-        gate(engine.model, "decode") as (entered, release),
+        recorded(engine.model, "forward") as calls,
+        decode_gate(engine.model) as (entered, release),
     ):
         assert entered.wait(60)
         answers[2].cancel()
-        before = len(calls)
         release.set()
         assert waiting.text() == expected
     assert answers[2].usage.stop_reason == "cancelled"
-    # After the blocked step, the waiting request gets the slot.
-    assert [name for name, _ in calls[before:]].index("prefill_chunk") == 1
+    # The first pass was blocked; the one after it begins the waiting request.
+    segments = [arguments[1] for _, arguments in calls]
+    assert [len(one) for one in segments[:2]] == [1, 2]
+    assert [decoding(one) for one in segments[:2]] == [SLOTS, SLOTS - 1]
     for answer in answers:
         answer.cancel()
         answer.text()
 
 
 def test_waiting_request_can_be_cancelled(engine: Engine) -> None:
-    with gate(engine.model, "decode") as (entered, release):
+    with decode_gate(engine.model) as (entered, release):
         answers = [engine.stream(asking(f"{i}?", limit=5)) for i in range(SLOTS + 1)]
         assert entered.wait(60)
         answers[-1].cancel()
@@ -442,7 +475,7 @@ def test_timeout_ends_the_answer(engine: Engine) -> None:
 
 
 def test_failing_request_does_not_affect_others(engine: Engine) -> None:
-    with gate(engine.model, "decode") as (entered, release):
+    with decode_gate(engine.model) as (entered, release):
         running = engine.stream(asking(limit=30))
         assert entered.wait(60)
         with failing(engine.model, "merge_multimodal_embeddings", ValueError("boom"), times=1):
@@ -455,7 +488,7 @@ def test_failing_request_does_not_affect_others(engine: Engine) -> None:
 
 
 def test_failing_step_fails_its_requests_and_the_engine_continues(engine: Engine) -> None:
-    with failing(engine.model, "decode", RuntimeError("boom"), times=1):
+    with failing(engine.model, "forward", RuntimeError("boom"), times=1):
         answers = [engine.stream(asking(f"{i}?")) for i in range(2)]
         failed = 0
         for answer in answers:
@@ -467,9 +500,7 @@ def test_failing_step_fails_its_requests_and_the_engine_continues(engine: Engine
     assert engine.stream(asking()).text() == alone(engine, asking())
 
 
-@pytest.mark.parametrize(
-    "method", ["features", "prefill_chunk", "decode", "merge_multimodal_embeddings"]
-)
+@pytest.mark.parametrize("method", ["features", "forward", "logits", "merge_multimodal_embeddings"])
 def test_out_of_memory_drops_the_caches_and_retries_once(engine: Engine, method: str) -> None:
     engine.stream(asking("Before?", "blue")).text()
     error = torch.OutOfMemoryError("CUDA out of memory")
@@ -486,7 +517,7 @@ def test_out_of_memory_drops_the_caches_and_retries_once(engine: Engine, method:
 
 def test_close_finishes_accepted_requests_and_refuses_new_ones(folder: Path) -> None:
     closing = xgenmm.load(folder, max_num_seqs=1)
-    with gate(closing.model, "decode") as (entered, release):
+    with decode_gate(closing.model) as (entered, release):
         running, waiting = (closing.stream(asking(question)) for question in ("One?", "Two?"))
         assert entered.wait(60)
         thread = threading.Thread(target=closing.close)
@@ -508,7 +539,7 @@ def test_check_detects_a_stuck_engine(
 ) -> None:
     with running_engine(loaded, replace(config, stall_seconds=stall_seconds)) as engine:
         engine.check()
-        with gate(engine.model, "decode") as (entered, release):
+        with decode_gate(engine.model) as (entered, release):
             answer = engine.stream(asking())
             assert entered.wait(60)
             if stall_seconds:
@@ -523,7 +554,7 @@ def test_check_detects_a_stuck_engine(
 
 def test_dead_engine_is_detected_and_its_requests_fail(folder: Path) -> None:
     dying = xgenmm.load(folder, max_num_seqs=2)
-    with failing(Scheduler, "admit", SystemError("boom"), times=1):
+    with failing(Scheduler, "schedule", SystemError("boom"), times=1):
         answer = dying.stream(asking())
         with pytest.raises(EngineError, match=r"the engine stopped: SystemError\('boom'\)"):
             answer.text()
@@ -555,3 +586,32 @@ def test_summary_is_logged(
         engine.stream(asking("What?", "red")).text()
     assert "1 length" in caplog.text or "1 end" in caplog.text
     assert "tiles encoded" in caplog.text
+
+
+def test_static_decode_step_gives_the_same_answers(
+    loaded: Engine, config: SchedulerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, steps without prompts run over the first rows, idle ones included."""
+    sizes = list[int]()
+
+    def build(model: XGenMM, cache: KVCache, *batch: torch.Tensor) -> DecodePath:
+        tokens, positions, tables = batch[:3]
+
+        def decode(rows: int) -> torch.Tensor:
+            sizes.append(bucket := 1 << (rows - 1).bit_length())
+            return model.decode(tokens[:bucket], positions[:bucket], tables[:bucket], cache)
+
+        return DecodePath("kernels", "for this test", decode)
+
+    monkeypatch.setattr(model_runner, "build_decode_step", build)
+    requests = mixed_requests(9, 20)
+    requests += [asking(f"{i}?", limit=120, temperature=1.0, seed=i) for i in range(8)]
+    static = Engine(loaded.model, loaded.tokenizer, 8, 16 * BLOCK_BYTES, scheduler_config=config)
+    answers = [static.stream(request) for request in requests]
+    for answer, request in zip(answers, requests, strict=True):
+        assert answer.text() == alone(loaded, request), request
+        assert answer.usage.decode_path == "kernels"
+    static.close()
+    assert_all_free(static)
+    assert static.status().preemptions > 0
+    assert set(sizes) >= {1, 8}

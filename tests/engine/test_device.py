@@ -12,7 +12,7 @@ import torch
 import xgenmm
 from tests.support import tiny
 from xgenmm import InputError, Request, SamplingParams
-from xgenmm.engine import engine_thread, load, memory
+from xgenmm.engine import engine_thread, load
 from xgenmm.engine.device import resolve_device, use_device
 
 SECOND_GPU = torch.device("cuda", 1)
@@ -105,22 +105,8 @@ def test_kernels_are_compiled_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(load, "use_device", uses)
     monkeypatch.setattr(load, "compile_kernels", compile_kernels)
     monkeypatch.setattr(load, "load_parameters", lambda *args, **options: None)
-    monkeypatch.setattr(load, "Engine", lambda *args: SimpleNamespace(max_num_seqs=1))
+    monkeypatch.setattr(load, "Engine", lambda *args, **options: SimpleNamespace(num_blocks=1))
     load.load("demo", device="cuda:1")
     (thread,) = compiled_in
     assert thread != threading.get_ident()
     assert uses.by_thread[thread] == SECOND_GPU
-
-
-def test_memory_in_reserve_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = list[str]()
-
-    def mem_get_info(device: torch.device) -> tuple[int, int]:
-        calls.append("mem_get_info")
-        return 8 << 20, 80 << 20
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
-    model: Any = SimpleNamespace(device=SECOND_GPU)
-    assert memory.default_cache_bytes(model) == 1 << 20
-    assert calls == ["empty_cache", "mem_get_info"]

@@ -108,8 +108,8 @@ def test_tiles_of_a_recent_file_are_cached(engine: Engine) -> None:
     assert text(engine, replace(request, images=[tiles])) == text(engine, request)
 
 
-def test_tiles_are_not_cached_without_cache_memory(tmp_path: Path) -> None:
-    uncached = xgenmm.load(tiny.checkpoint(tmp_path), cache_bytes=0)
+def test_tiles_are_not_cached_without_prefix_caching(tmp_path: Path) -> None:
+    uncached = xgenmm.load(tiny.checkpoint(tmp_path), prefix_caching=False)
     red = encoded(image())
     assert uncached.preprocess_image(red) is not uncached.preprocess_image(red)
 

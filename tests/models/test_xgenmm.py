@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from tests.support import golden_data
-from xgenmm.config import INTERLEAVE, RELEASES, DecoderConfig
+from xgenmm.config import BLOCK_SIZE, INTERLEAVE, RELEASES, DecoderConfig
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.evaluation.parity import golden_model
+from xgenmm.models.attention import (
+    GrowingCache,
+    PagedAttention,
+    UncachedAttention,
+    prompt_segment,
+    sliding_window_mask,
+)
 from xgenmm.models.kv_cache import KVCache
-from xgenmm.models.phi3 import Phi3Decoder, visible_keys
+from xgenmm.models.phi3 import Phi3Decoder
 from xgenmm.models.phi3_huggingface import to_transformers
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
@@ -38,18 +45,19 @@ def random_decoder(config: DecoderConfig = TINY) -> Phi3Decoder:
 
 
 def run(decoder: Phi3Decoder, embeds: torch.Tensor, chunks: Sequence[int]) -> torch.Tensor:
-    """Final hidden states of one row that is prefilled in chunks of these lengths."""
-    length = embeds.shape[0]
+    """Final hidden states of one sequence that is prefilled in chunks of these lengths."""
+    config, start, hidden = decoder.config, 0, []
+    num_blocks = -(-len(embeds) // BLOCK_SIZE)
     cache = KVCache.allocate(
-        decoder.config, 1, length, device=torch.device("cpu"), dtype=torch.float32
+        config, num_blocks + 1, device=torch.device("cpu"), dtype=torch.float32
     )
-    hidden, start = [], 0
+    table = 1 + torch.randperm(num_blocks)
     for chunk in chunks:
-        positions = torch.arange(start, start + chunk)[None]
-        chunk_embeds = embeds[None, start : start + chunk]
-        hidden.append(decoder(chunk_embeds, positions, cache, start + chunk)[0])
+        segment = prompt_segment(start, chunk, table, config.window_keys, torch.float32)
+        new = embeds[start : start + chunk]
+        hidden.append(decoder(new, segment.positions, PagedAttention(cache, [segment])))
         start += chunk
-    assert start == length
+    assert start == len(embeds)
     return torch.cat(hidden)
 
 
@@ -74,19 +82,27 @@ def test_chunked_prefill_and_decode_steps_equal_a_single_pass(chunks: list[int])
 
 
 def test_window_of_the_released_models_covers_2048_keys() -> None:
-    config = RELEASES[INTERLEAVE].decoder
-    visible = visible_keys(torch.tensor([[0, 2047, 2048, 4095]]), 4096, config.window_keys)
-    assert visible.sum(-1).flatten().tolist() == [1, 2048, 2048, 2048]
-    assert visible[0, 0, 2].nonzero()[0].item() == 1  # position 2048 does not attend to position 0
+    window = RELEASES[INTERLEAVE].decoder.window_keys
+    positions = torch.tensor([0, 2047, 2048, 4095])
+    visible = sliding_window_mask(positions, torch.arange(4096), window)
+    assert visible.sum(-1).tolist() == [1, 2048, 2048, 2048]
+    assert visible[2].nonzero()[0].item() == 1  # position 2048 does not attend to position 0
 
 
-def test_pass_without_a_cache_equals_one_with_it() -> None:
+@pytest.mark.parametrize("passes", [[90], [50, 40], [60, 1, 29]])
+def test_growing_cache_and_none_equal_the_paged_cache(passes: list[int]) -> None:
     decoder = random_decoder()
-    embeds = torch.randn(30, TINY.hidden_size)
-    positions = torch.arange(30)[None]
-    mask = visible_keys(positions, 30, TINY.window_keys)
-    found = decoder.forward_uncached(embeds[None], positions, mask)[0]
-    torch.testing.assert_close(found, run(decoder, embeds, [30]), rtol=0, atol=1e-5)
+    embeds, positions = torch.randn(90, TINY.hidden_size), torch.arange(90)
+    expected = run(decoder, embeds, [90])
+    mask = sliding_window_mask(positions, positions, TINY.window_keys)
+    found = decoder(embeds[None], positions[None], UncachedAttention(mask))[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    cache = GrowingCache(TINY.window_keys)
+    parts = [
+        decoder(part[None], where[None], cache)[0]
+        for part, where in zip(embeds.split(passes), positions.split(passes), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -103,34 +119,21 @@ def test_batched_generation_equals_generation_of_single_rows(golden: XGenMM) -> 
         params = SamplingParams(max_new_tokens=12)
         expected.append(list(generate(golden, prompt, params, 12, ())))
 
-    cache = golden.cache(4, 72)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = golden.prefill(prompts, cache).argmax(-1)
+    cache = golden.cache(4 * 3 + 1)
+    tables = 1 + torch.randperm(12).view(4, 3)
+    positions = torch.tensor([len(prompt) for prompt in prompts])
+    window = golden.config.decoder.window_keys
+    segments = [
+        prompt_segment(0, len(prompt), table, window, torch.float32)
+        for prompt, table in zip(prompts, tables, strict=True)
+    ]
+    hidden = golden.forward(torch.cat(prompts), segments, cache)
+    tokens = golden.logits(hidden[positions.cumsum(0) - 1]).argmax(-1)
     found = [tokens]
     for step in range(11):
-        tokens = golden.decode(tokens, lengths + step, cache).argmax(-1)
+        tokens = golden.decode(tokens, positions + step, tables, cache).argmax(-1)
         found.append(tokens)
     assert torch.stack(found, dim=1).tolist() == expected
-
-
-@pytest.mark.parametrize("room", [0, 1, 3, 100])
-def test_padding_of_a_chunk_does_not_change_its_logits(golden: XGenMM, room: int) -> None:
-    torch.manual_seed(3)
-    embeds = torch.randn(13, golden.config.decoder.hidden_size)
-    expected = golden.prefill([embeds], golden.cache(1, 16))
-    cache = golden.cache(2, len(embeds) + room)
-    golden.prefill_chunk([embeds[:9]], [0], [1], cache)
-    logits = golden.prefill_chunk([embeds[9:]], [9], [1], cache)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_reused_cache_row_does_not_affect_the_next_sequence(golden: XGenMM) -> None:
-    torch.manual_seed(7)
-    prompt = torch.randn(9, 64)
-    cache = golden.cache(1, 50)
-    expected = golden.prefill([prompt], cache)
-    golden.prefill([torch.randn(50, 64)], cache)
-    torch.testing.assert_close(golden.prefill([prompt], cache), expected, rtol=0, atol=0)
 
 
 def test_batched_image_encoding_equals_encoding_of_single_images(golden: XGenMM) -> None:

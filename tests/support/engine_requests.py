@@ -16,17 +16,21 @@ LATENTS = 4
 
 
 class RecordingSink:
-    """An `OutputSink` that records what it receives."""
+    """An `OutputSink` that records what it receives.
 
-    def __init__(self) -> None:
+    end_id: the token that ends the answer, if any.
+    """
+
+    def __init__(self, end_id: int | None = None) -> None:
         self.cancelled = False
+        self.end_id = end_id
         self.token_ids: list[int] = []
         self.ends: list[tuple[StopReason, Exception | None]] = []
 
     def token(self, token_id: int) -> StopReason | None:
         """Record a token."""
         self.token_ids.append(token_id)
-        return None
+        return "end" if token_id == self.end_id else None
 
     def chosen(self, index: int, probabilities: Sequence[float]) -> None:
         """Record an index as if it were a token."""
@@ -43,15 +47,20 @@ def image(tiles: int, content: int = 0) -> TiledImage:
 
 
 def engine_request(
-    text_tokens: int = 10,
+    text: int | Sequence[int] = 10,
     *images: TiledImage,
     sink: RecordingSink | None = None,
     max_tokens: int = 8,
+    choices: Sequence[Sequence[int]] = (),
     **settings: Any,
 ) -> EngineRequest:
-    """A request whose images come before its text, with `LATENTS` vision tokens per tile."""
-    ids = (0,) * len(images) + tuple(range(100, 100 + text_tokens))
-    prompt = Prompt(ids, tuple((index, 1) for index in range(len(images))))
+    """A request whose images come before its text, with `LATENTS` vision tokens per tile.
+
+    text: token ids, or how many; texts given by their length begin alike.
+    """
+    ids = tuple(range(100, 100 + text)) if isinstance(text, int) else tuple(text)
+    prompt = Prompt((0,) * len(images) + ids, tuple((index, 1) for index in range(len(images))))
     params = SamplingParams(max_new_tokens=max_tokens, **settings)
     hashes = PromptHashes.from_prompt(prompt, images, ResamplerConfig(num_latents=LATENTS))
-    return EngineRequest(prompt, images, hashes, params, max_tokens, sink or RecordingSink())
+    sink = sink or RecordingSink()
+    return EngineRequest(prompt, images, hashes, params, max_tokens, sink, choices=choices)

@@ -30,8 +30,8 @@ MAX_NUM_SEQS = 32
 RECORDS_PER_SEQ = 2
 """Records in progress per sequence of an engine: some are read while others are answered."""
 
-PREFILL_BATCHES_PER_STEP = 8
-"""More than one, because no one watches a stream here: throughput matters, even steps do not."""
+MAX_NUM_BATCHED_TOKENS = 4096
+"""Many, because no one watches a stream here: throughput matters, even steps do not."""
 
 Item = TypeVar("Item")
 
@@ -55,7 +55,7 @@ class CaptionTask:
             self.dtype,
             max_num_seqs=MAX_NUM_SEQS,
             quantize=self.quantize,
-            prefill_batches_per_step=PREFILL_BATCHES_PER_STEP,
+            max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         )
 
 

@@ -92,7 +92,7 @@ def _build_pipeline(
 ) -> Any:
     """Return the Ray dataset of answers; iterating over it runs the pipeline."""
     items = [{"record": json.dumps(asdict(record))} for record in records]
-    blocks = -(-len(items) // RECORDS_PER_BLOCK)
+    blocks = max(1, -(-len(items) // RECORDS_PER_BLOCK))  # none is left after a late crash
     return (
         ray.data.from_items(items, override_num_blocks=blocks)
         .map_batches(

@@ -1,7 +1,7 @@
 """One iteration of the engine: the scheduler decides, the runner computes, output is delivered.
 
-On a GPU, a decode step begins before the host has seen the tokens of the step before, so that the
-device never waits for the host. A request that has finished then computes one more token, which is
+On a GPU, a step begins before the host has seen the tokens of the step before, so that the device
+never waits for the host. A request that has finished then computes one more token, which is
 discarded.
 """
 
@@ -15,13 +15,16 @@ from typing import TypeVar
 import torch
 
 from xgenmm.engine.beam_search import BeamSearch
-from xgenmm.engine.choices import score_choices
+from xgenmm.engine.block_manager import BlockManager
+from xgenmm.engine.choices import add_choice_scores, first_choice_scores
+from xgenmm.engine.lru_cache import LRUCache
 from xgenmm.engine.metrics import Metrics
 from xgenmm.engine.model_runner import ModelRunner, StepOutput
 from xgenmm.engine.output import OutputProcessor
 from xgenmm.engine.request import EngineRequest
-from xgenmm.engine.scheduler import EncodeBatch, PrefillBatch, Scheduler, SchedulerConfig
-from xgenmm.models.xgenmm import XGenMM, padded_length
+from xgenmm.engine.scheduler import ChoicesChunk, Scheduler, SchedulerConfig, Step
+from xgenmm.kernels.cuda_graphs import DecodeMode
+from xgenmm.models.xgenmm import XGenMM
 
 logger = logging.getLogger(__name__)
 
@@ -31,41 +34,59 @@ T = TypeVar("T")
 class EngineCore:
     """Answers requests, one `step` at a time. Not thread-safe.
 
-    Args:
-        end_ids: the tokens that end a beam.
-        num_slots: maximum number of requests (or beams) in the batch.
-        cache_bytes: memory for image features and prefixes of earlier requests.
+    end_ids: the tokens that end a beam.
     """
 
-    def __init__(
-        self,
-        model: XGenMM,
-        end_ids: Collection[int],
-        num_slots: int,
-        cache_bytes: int,
-        config: SchedulerConfig,
-    ) -> None:
-        self.config = config
-        self.scheduler = Scheduler(num_slots, config, padded_length)
-        self.runner = ModelRunner(model, num_slots, cache_bytes)
-        self.metrics = Metrics(config.summary_seconds)
-        self.output = OutputProcessor(self.scheduler, self.runner, self.metrics)
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, end_ids: Collection[int]) -> None:
+        self.config = scheduler.config
+        self.scheduler = scheduler
+        self.runner = runner
+        self.metrics = Metrics(self.config.summary_seconds)
+        self.output = OutputProcessor(scheduler, runner, self.metrics)
         self._end_ids = frozenset(end_ids)
         self._step_outputs: deque[StepOutput] = deque()
 
+    @classmethod
+    def build(
+        cls,
+        model: XGenMM,
+        end_ids: Collection[int],
+        config: SchedulerConfig,
+        *,
+        max_num_seqs: int,
+        num_blocks: int,
+        image_bytes: int,
+        prefix_caching: bool = True,
+        decode: DecodeMode = "auto",
+    ) -> "EngineCore":
+        """Build the parts of an engine.
+
+        max_num_seqs: rows of the batch. num_blocks: of the KV cache. image_bytes: for features of
+        recent images. prefix_caching: whether they and prompt prefixes are reused. decode: see
+        `ModelRunner`.
+        """
+        features = LRUCache[torch.Tensor](image_bytes if prefix_caching else 0)
+        blocks = BlockManager(num_blocks, caching=prefix_caching)
+        runner = ModelRunner(model, max_num_seqs, num_blocks, features, decode)
+        return cls(Scheduler(max_num_seqs, blocks, features, config), runner, end_ids)
+
     def step(self, *, cancel_all: bool = False) -> None:
-        """Do a limited amount of prefill work, then one decode step for all decoding requests."""
+        """Do one step, and deliver the output of earlier ones."""
         self._end_requests(cancel_all)
-        for request in self.scheduler.admit():
-            self._run_guarded([request], partial(self._begin, request))
-        for _ in range(self.config.prefill_batches_per_step):
-            work = self.scheduler.prefill_work()
-            if isinstance(work, EncodeBatch):
-                self._encode(work)
-            elif isinstance(work, PrefillBatch):
-                self._prefill(work)
-        self._decode()
-        self.metrics.log_summary(len(self.scheduler.running), len(self.scheduler.waiting))
+        overlapped = self.scheduler.overlapped_steps
+        if not overlapped:
+            self._process_outputs()
+        step = self.scheduler.schedule()
+        self._prepare(step)
+        if step.images:
+            self._encode(step)
+        self._merge_embeddings(step)
+        if step.requests:
+            self._run(step)
+        self._process_outputs(keep=overlapped if step.requests else 0)
+        self.metrics.log_summary(
+            len(self.scheduler.running), len(self.scheduler.waiting), self.runner.decode_path.name
+        )
 
     def _end_requests(self, cancel_all: bool) -> None:
         """Finish the requests that are cancelled or past their deadline."""
@@ -78,125 +99,131 @@ class EngineCore:
         for request in scheduler.expired(time.monotonic()):
             self.output.finish(request, "timeout")
 
-    def _begin(self, request: EngineRequest) -> None:
-        request.admitted = time.monotonic()
-        request.usage.queue_time = request.admitted - request.started
-        self.runner.add_request(request)
-        if request.num_slots > 1:
-            request.beam_search = BeamSearch(request.num_slots, self._end_ids, request.max_tokens)
-        self.metrics.totals["prompt_tokens"] += request.num_prompt_tokens
-        self.metrics.totals["cached_tokens"] += request.usage.cached_tokens
+    def _prepare(self, step: Step) -> None:
+        """Set up the rows of the step's requests."""
+        self.runner.free_rows(step.freed_rows)
+        for request in list(step.admitted):
+            if not request.num_preemptions:
+                request.admitted = time.monotonic()
+                request.usage.queue_time = request.admitted - request.started
+                request.usage.cached_tokens = request.num_cached_tokens
+                self.metrics.totals["prompt_tokens"] += request.num_prompt_tokens
+                self.metrics.totals["cached_tokens"] += request.num_cached_tokens
+            self._run_guarded(step, [request], partial(self.runner.add_request, request))
 
-    def _encode(self, batch: EncodeBatch) -> None:
+    def _encode(self, step: Step) -> None:
+        users = [request for users in step.image_users.values() for request, _ in users]
+
         def encode() -> None:
-            self.runner.encode(batch)
-            self.metrics.totals["tiles_encoded"] += batch.num_tiles
+            self.runner.encode(step)
+            self.metrics.totals["tiles_encoded"] += step.num_tiles
 
-        self._run_guarded(batch.requests, encode)
+        self._run_guarded(step, users, encode)
 
-    def _prefill(self, batch: PrefillBatch) -> None:
-        for chunk in batch.chunks:
+    def _merge_embeddings(self, step: Step) -> None:
+        for chunk in list(step.chunks):
             if chunk.request.embeds is None:
                 merge = partial(self.runner.merge_embeddings, chunk.request)
-                self._run_guarded([chunk.request], merge)
-        chunks = [chunk for chunk in batch.chunks if chunk.request in self.output.unfinished]
-        if not chunks:
-            return
-        requests = [chunk.request for chunk in chunks]
-        logits = self._run_guarded(requests, partial(self.runner.prefill, chunks))
-        if logits is None:
-            return
-        for chunk, row in zip(chunks, logits, strict=True):
-            request = chunk.request
-            request.num_computed_tokens += chunk.length
-            if request.decoding:
-                self._run_guarded([request], partial(self._begin_output, request, row[None]))
+                self._run_guarded(step, [chunk.request], merge)
 
-    def _begin_output(self, request: EngineRequest, logits: torch.Tensor) -> None:
-        """Start the answer from the logits [1, vocab] after the prompt."""
-        now = time.monotonic()
-        request.embeds = None
-        request.usage.prefill_time = now - request.admitted
-        runner = self.runner
-        runner.cache_prefix(request)
-        if request.choices:
-            limit = self.config.max_chunk_tokens
-            scores = score_choices(runner.model, runner.kv_cache, request, logits, limit)
-            self.output.finish_choice(request, scores)
-        elif request.beam_search is not None:
-            request.usage.time_to_first_token = now - request.started
-            self._advance_beams(request, runner.start_beams(request, logits))
-        else:
-            masks = self._token_masks([request])
-            if request in self.output.unfinished:
-                mask = masks.get(request.slots[0])
-                self._step_outputs.append(runner.sample_first(request, logits, mask))
-
-    def _decode(self) -> None:
-        """Begin a decode step, and process the output of earlier ones."""
-        overlapped = self.scheduler.overlapped_steps
-        if not overlapped:
-            self._process_outputs()
-        masks = self._token_masks(self.scheduler.decoding)
-        batch = self.scheduler.decode_batch()
-        if batch is None:
-            self._process_outputs()
+    def _run(self, step: Step) -> None:
+        """Begin the forward pass, and what follows from it without waiting for tokens."""
+        masks = self._token_masks(step)
+        output = self._run_guarded(step, step.requests, partial(self.runner.run, step, masks))
+        if output is None:
             return
-        output = self._run_guarded(batch.requests, partial(self.runner.decode, batch, masks))
-        if output is not None:
-            self._step_outputs.append(output)
-            self.metrics.totals["steps"] += 1
-            self.metrics.totals["step_requests"] += len(batch.requests)
-            for request in batch.requests:
-                request.num_computed_tokens += 1
-                usage = request.usage
-                usage.batch_size = max(usage.batch_size, len(batch.requests))
-        self._process_outputs(keep=overlapped)
+        self.scheduler.update(step)
+        self._step_outputs.append(output)
+        self.metrics.totals["steps"] += 1
+        self.metrics.totals["step_requests"] += len(step.requests)
+        for request in step.decoding:
+            request.usage.batch_size = max(request.usage.batch_size, len(step.decoding))
+        for chunk in step.chunks:
+            if chunk.is_last:
+                chunk.request.embeds = None
+                if not chunk.request.num_preemptions:
+                    chunk.request.usage.prefill_time = time.monotonic() - chunk.request.admitted
 
-    def _token_masks(self, requests: Sequence[EngineRequest]) -> dict[int, torch.Tensor]:
-        """The tokens that grammars allow next, bool [vocab] by slot."""
+    def _token_masks(self, step: Step) -> dict[int, torch.Tensor]:
+        """The tokens that grammars allow next, bool [vocab] by batch row."""
         masks = {}
-        for request in requests:
+        finished = [chunk.request for chunk in step.chunks if chunk.is_last]
+        for request in [*step.decoding, *finished]:
             if request.grammar is not None:
                 remaining = request.max_tokens - len(request.output_token_ids)
-                mask = self._run_guarded([request], partial(request.grammar.mask, remaining))
+                mask = self._run_guarded(step, [request], partial(request.grammar.mask, remaining))
                 if mask is not None:
-                    masks[request.slots[0]] = mask
+                    masks[request.rows[0]] = mask
         return masks
 
     def _process_outputs(self, keep: int = 0) -> None:
         """Process the output of all steps but the newest `keep`, which may still be running."""
         while len(self._step_outputs) > keep:
             output = self._step_outputs.popleft()
-            requests = [request for request, _ in output.requests]
-            token_ids = self._run_guarded(requests, output.tokens)
-            for request, row in output.requests:
-                if request not in self.output.unfinished:
-                    continue
-                if request.beam_search is not None:
-                    self._run_guarded([request], partial(self._continue_beams, request, output))
-                elif token_ids is not None:
-                    append = partial(self.output.append_token, request, token_ids[row])
-                    self._run_guarded([request], append)
+            requests = list(output.preemptions)
+            token_ids = self._run_guarded(None, requests, output.tokens)
+            for request, rows in output.requests:
+                if self._is_current(request, output) and token_ids is not None:
+                    work = partial(self._process_request, request, output, token_ids, rows)
+                    self._run_guarded(None, [request], work)
+            for chunk, logits in output.choices:
+                if self._is_current(chunk.request, output):
+                    work = partial(self._process_choices, chunk, logits)
+                    self._run_guarded(None, [chunk.request], work)
 
-    def _continue_beams(self, request: EngineRequest, output: StepOutput) -> None:
-        self._advance_beams(request, self.runner.score_beams(request, output.logits))
+    def _is_current(self, request: EngineRequest, output: StepOutput) -> bool:
+        """Whether a request still waits for this output: not if it has ended or was preempted."""
+        current = output.preemptions[request] == request.num_preemptions
+        return current and request in self.output.unfinished
+
+    def _process_request(
+        self,
+        request: EngineRequest,
+        output: StepOutput,
+        token_ids: Sequence[int],
+        rows: Sequence[int],
+    ) -> None:
+        """Process the logits after a request's prompt or newest token."""
+        if request.is_sampled:
+            self.output.append_token(request, token_ids[rows[0]])
+        elif request.choices:
+            request.choice_scores = first_choice_scores(request.choices, output.logits[rows[0]])
+        else:
+            self._advance_beams(request, self.runner.score_beams(request, output.logits, rows))
+
+    def _process_choices(self, chunk: ChoicesChunk, logits: torch.Tensor) -> None:
+        request = chunk.request
+        add_choice_scores(request.choice_scores, request.choices, chunk.start, chunk.stop, logits)
+        if chunk.stop == len(request.choices):
+            self.output.finish_choice(request, torch.stack(request.choice_scores))
 
     def _advance_beams(self, request: EngineRequest, log_probs: torch.Tensor) -> None:
-        """Advance a request's search by one step and prepare its slots for the next."""
+        """Advance a request's search by one step and prepare its rows for the next."""
         search = request.beam_search
-        assert search is not None
+        if search is None:
+            request.usage.time_to_first_token = time.monotonic() - request.started
+            search = BeamSearch(request.num_seqs, self._end_ids, request.max_tokens)
+            request.beam_search = search
         parents, token_ids = search.advance(log_probs)
         if search.finished:
             self.output.finish_beams(request, search.best())
         else:
+            self.scheduler.fork(request, parents)
             self.runner.reorder_beams(request, parents, token_ids)
 
-    def _run_guarded(self, requests: Sequence[EngineRequest], work: Callable[[], T]) -> T | None:
-        """Run `work` for these requests. If it raises, they fail and the engine continues."""
+    def _run_guarded(
+        self, step: Step | None, requests: Sequence[EngineRequest], work: Callable[[], T]
+    ) -> T | None:
+        """Run `work` for these requests. If it raises, they fail and the engine continues.
+
+        step: the step that they are taken out of.
+        """
         try:
             return self.runner.retry_out_of_memory(work)
         except Exception as error:
             logger.exception("%d requests failed", len(requests))
             self.output.fail(requests, error)
+            for request in requests:
+                if step is not None:
+                    step.drop(request)
             return None

@@ -8,29 +8,35 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from xgenmm.config import BLOCK_SIZE
 from xgenmm.engine.answer import Answer
 from xgenmm.engine.choices import choice_token_ids
 from xgenmm.engine.core import EngineCore
 from xgenmm.engine.engine_thread import EngineThread
 from xgenmm.engine.lru_cache import LRUCache
-from xgenmm.engine.memory import default_cache_bytes, fitting_slots
+from xgenmm.engine.memory import cache_budget, split_budget
 from xgenmm.engine.metrics import EngineStatus
 from xgenmm.engine.prompt_hashes import PromptHashes
 from xgenmm.engine.request import EngineRequest, Request, Usage
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.engine.scheduler import SchedulerConfig
-from xgenmm.engine.structured_output import GrammarCompiler
 from xgenmm.errors import InputError
+from xgenmm.kernels.cuda_graphs import DecodeMode
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt, request_prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from xgenmm.engine.structured_output import GrammarCompiler
+
 MAX_NUM_SEQS = 16
+GPU_MEMORY_UTILIZATION = 0.9
 MAX_TILE_BYTES = 256 << 20
 MAX_CHOICES = 256
 
@@ -40,11 +46,18 @@ class Engine:
 
     Args:
         model: on its device, with its weights.
-        max_num_seqs: maximum number of requests answered at once; fewer if their KV cache does not
-            fit half of the free memory. The attribute is the number that fits.
-        cache_bytes: memory for images and prompts cached between requests; by default an eighth
-            of the free memory, at most 4 GB.
+        max_num_seqs: maximum number of requests (or beams) in a step; others wait.
+        cache_bytes: memory for the KV cache and image features; by default what
+            `memory.cache_budget` finds.
+        prefix_caching: whether images and prompt prefixes of earlier requests are reused.
+        gpu_memory_utilization: share of a GPU's memory to use in all.
+        decode: what computes steps without prompts on a GPU: `plain` PyTorch, the `kernels`, or by
+            default the kernels if they pass a check.
         scheduler_config: by default the one for the model's device.
+
+    Raises:
+        InputError: the KV cache does not hold one request, or the budget of a step no prompt.
+        EngineError: the device computes something wrong, or `kernels` are wanted and cannot serve.
     """
 
     def __init__(
@@ -53,21 +66,40 @@ class Engine:
         tokenizer: Tokenizer,
         max_num_seqs: int = MAX_NUM_SEQS,
         cache_bytes: int | None = None,
+        *,
+        prefix_caching: bool = True,
+        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+        decode: DecodeMode = "auto",
         scheduler_config: SchedulerConfig | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = model.config
+        self.max_num_seqs = max_num_seqs
         self.end_ids = frozenset(tokenizer.id(token) for token in self.config.text.stop_tokens)
+        config = scheduler_config or SchedulerConfig.for_device(model.device.type)
+        if config.max_num_batched_tokens <= max_num_seqs:
+            raise InputError(
+                "max_num_batched_tokens",
+                f"{config.max_num_batched_tokens} leave no room for prompts in a step of "
+                f"{max_num_seqs} requests; it must be above max_num_seqs",
+            )
         if cache_bytes is None:
-            cache_bytes = default_cache_bytes(model)
-        if scheduler_config is None:
-            scheduler_config = SchedulerConfig.for_device(model.device.type)
-        self.max_num_seqs = fitting_slots(model, max_num_seqs)
-        self._thread = EngineThread(
-            EngineCore(model, self.end_ids, self.max_num_seqs, cache_bytes, scheduler_config)
+            tokens = config.max_idle_batched_tokens
+            cache_bytes = cache_budget(model, gpu_memory_utilization, tokens)
+        self.num_blocks, image_bytes = split_budget(model, cache_bytes)
+        core = EngineCore.build(
+            model,
+            self.end_ids,
+            config,
+            max_num_seqs=max_num_seqs,
+            num_blocks=self.num_blocks,
+            image_bytes=image_bytes,
+            prefix_caching=prefix_caching,
+            decode=decode,
         )
-        self._tiles: LRUCache[TiledImage] = LRUCache(min(cache_bytes, MAX_TILE_BYTES))
+        self._thread = EngineThread(core)
+        self._tiles: LRUCache[TiledImage] = LRUCache(MAX_TILE_BYTES if prefix_caching else 0)
         # The thread holds no reference to the engine, so it ends when the engine is collected.
         weakref.finalize(self, self._thread.close)
 
@@ -112,14 +144,17 @@ class Engine:
             self.tokenizer, self.end_ids, request.sampling.stop_sequences, request.choices
         )
         room = self._measure(prompt, images, answer.usage)
+        max_tokens = min(request.sampling.max_new_tokens, room)
         if max(map(len, choices), default=0) > room:
             raise InputError("choices", f"the longest has more than the {room} tokens left for it")
+        if not choices:
+            self._check_beams(request.sampling.num_beams, answer.usage.prompt_tokens, max_tokens)
         engine_request = EngineRequest(
             prompt=prompt,
             images=images,
             hashes=PromptHashes.from_prompt(prompt, images, self.config.resampler),
             params=request.sampling,
-            max_tokens=min(request.sampling.max_new_tokens, room),
+            max_tokens=max_tokens,
             sink=answer,
             usage=answer.usage,
             grammar=None if schema is None else self._grammar_compiler.compile(schema),
@@ -182,12 +217,27 @@ class Engine:
         if beams > self.max_num_seqs and not choices:
             raise InputError(
                 "num_beams",
-                f"{beams} beams need as many slots and this engine has {self.max_num_seqs}; "
+                f"{beams} beams exceed the {self.max_num_seqs} sequences of a step; "
                 f"set num_beams to at most {self.max_num_seqs}",
             )
 
+    def _check_beams(self, beams: int, prompt_tokens: int, max_tokens: int) -> None:
+        """Check that the KV cache holds all beams, which share no more than the prompt."""
+        shared = prompt_tokens // BLOCK_SIZE
+        blocks = shared + beams * (-(-(prompt_tokens + max_tokens) // BLOCK_SIZE) - shared)
+        if beams > 1 and blocks > self.num_blocks:
+            raise InputError(
+                "num_beams",
+                f"{beams} beams of {max_tokens} tokens after a prompt of {prompt_tokens} may take "
+                f"{blocks * BLOCK_SIZE} positions of the KV cache, which has "
+                f"{self.num_blocks * BLOCK_SIZE}; set num_beams or max_new_tokens lower",
+            )
+
     @cached_property
-    def _grammar_compiler(self) -> GrammarCompiler:
+    def _grammar_compiler(self) -> "GrammarCompiler":
+        # Imported on demand: only this needs llguidance and jsonschema.
+        from xgenmm.engine.structured_output import GrammarCompiler
+
         decoder = self.config.decoder
         vocab = decoder.initial_vocab + decoder.additional_tokens
         return GrammarCompiler(self.tokenizer, self.end_ids, vocab)

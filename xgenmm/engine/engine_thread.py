@@ -73,20 +73,23 @@ class EngineThread:
     def status(self) -> EngineStatus:
         """A snapshot; its numbers may come from successive steps."""
         core = self._core
-        totals, caches = core.metrics.totals, core.runner.caches
+        totals, blocks = core.metrics.totals, core.scheduler.blocks
         running = len(core.scheduler.running)
         return EngineStatus(
             running=running,
             waiting=max(0, len(core.output.unfinished) - running),
-            free_slots=len(core.scheduler.free_slots),
+            free_blocks=blocks.num_free,
+            num_blocks=blocks.num_blocks,
+            preemptions=core.scheduler.num_preemptions,
             closed=self._closed,
             steps=totals["steps"],
             output_tokens=totals["output_tokens"],
             tiles_encoded=totals["tiles_encoded"],
             prompt_tokens=totals["prompt_tokens"],
             cached_tokens=totals["cached_tokens"],
-            cache_bytes=caches.used_bytes,
-            cached_blocks=len(caches.prefixes.blocks),
+            cached_blocks=blocks.num_cached,
+            image_cache_bytes=core.runner.image_features.used_bytes,
+            decode_path=core.runner.decode_path.name,
         )
 
     def close(self, *, finish: bool = True) -> None:

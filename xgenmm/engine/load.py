@@ -5,17 +5,18 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config, resolve
-from xgenmm.config import XGenMMConfig
+from xgenmm.config import BLOCK_SIZE, XGenMMConfig
 from xgenmm.engine.device import resolve_device, use_device
-from xgenmm.engine.engine import MAX_NUM_SEQS, Engine
+from xgenmm.engine.engine import GPU_MEMORY_UTILIZATION, MAX_NUM_SEQS, Engine
 from xgenmm.engine.scheduler import SchedulerConfig
 from xgenmm.errors import InputError
-from xgenmm.kernels.cuda_graphs import MAX_ROWS, compile_kernels
+from xgenmm.kernels.cuda_graphs import MAX_ROWS, DecodeMode, compile_kernels
 from xgenmm.models.quantization import check_quantization
 from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
@@ -33,7 +34,11 @@ def load(
     max_num_seqs: int = MAX_NUM_SEQS,
     cache_bytes: int | None = None,
     quantize: str | None = None,
-    prefill_batches_per_step: int = 1,
+    *,
+    prefix_caching: bool = True,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    max_num_batched_tokens: int = 512,
+    decode: str = "auto",
 ) -> Engine:
     """Load an engine from a released name, `demo`, or a checkpoint folder.
 
@@ -41,21 +46,33 @@ def load(
         name_or_folder: see `xgenmm list`.
         device: `cpu`, `cuda` or `cuda:N`; by default the GPU if there is one.
         dtype: of weights and activations; by default bfloat16 on a GPU and float32 on a CPU.
-        max_num_seqs: maximum number of requests answered at once; others wait. Fewer if their
-            KV cache does not fit half of the free memory.
-        cache_bytes: memory for images and prompts cached between requests; by default an eighth
-            of the free memory, at most 4 GB.
+        max_num_seqs: maximum number of requests (or beams) answered at once; others wait.
+        cache_bytes: memory for the KV cache and image features; by default what
+            `gpu_memory_utilization` leaves on a GPU, and a quarter of the free memory, at most
+            4 GB, on a CPU.
         quantize: `int8` or `fp8` for the decoder's linear layers; by default neither.
-        prefill_batches_per_step: batches of images or prompt chunks between two decode steps. One
-            keeps streams even; more raise throughput.
+        prefix_caching: whether images and prompt prefixes of earlier requests are reused.
+        gpu_memory_utilization: share of the GPU's memory for weights, workspace and caches.
+        max_num_batched_tokens: tokens of a step, while answers are generated. Few keep streams
+            even, many raise throughput.
+        decode: what computes steps without prompts on a GPU: `plain` PyTorch, the `kernels`, or
+            `auto`, the kernels if they pass a check.
 
     Raises:
         CheckpointError: the checkpoint is missing or broken; the message says how to get it.
-        InputError: the device, dtype or quantization is not available, or `max_num_seqs` is less
-            than 1.
+        InputError: the device, dtype or quantization is not available, or a number is out of
+            range.
+        EngineError: the device computes something wrong, or `kernels` are wanted and cannot serve.
     """
-    if max_num_seqs < 1:
-        raise InputError("max_num_seqs", f"must be at least 1, not {max_num_seqs}")
+    if not 1 <= max_num_seqs <= MAX_ROWS:
+        raise InputError("max_num_seqs", f"must be from 1 to {MAX_ROWS}, not {max_num_seqs}")
+    if not 0 < gpu_memory_utilization <= 1:
+        raise InputError(
+            "gpu_memory_utilization", f"must be above 0 and at most 1, not {gpu_memory_utilization}"
+        )
+    if decode not in get_args(DecodeMode):
+        modes = ", ".join(get_args(DecodeMode))
+        raise InputError("decode", f"{decode!r} is not one of {modes}")
     folder = resolve(name_or_folder)
     target = resolve_device(device)
     use_device(target)
@@ -67,13 +84,22 @@ def load(
     if config.demo:
         logger.warning("%s is a demonstration, not a released model", folder.name)
     tokenizer = Tokenizer.from_folder(folder, config.text.convention, config.additional_ids)
-    model = _load_model(config, folder, target, weights_dtype, quantize, max_num_seqs)
-    scheduler_config = SchedulerConfig.for_device(target.type, prefill_batches_per_step)
-    engine = Engine(model, tokenizer, max_num_seqs, cache_bytes, scheduler_config)
+    compiled_rows = 0 if target.type == "cpu" or decode == "plain" else max_num_seqs
+    model = _load_model(config, folder, target, weights_dtype, quantize, compiled_rows)
+    engine = Engine(
+        model,
+        tokenizer,
+        max_num_seqs,
+        cache_bytes,
+        prefix_caching=prefix_caching,
+        gpu_memory_utilization=gpu_memory_utilization,
+        decode=cast(DecodeMode, decode),
+        scheduler_config=SchedulerConfig.for_device(target.type, max_num_batched_tokens),
+    )
     logger.info(
-        "%s: ready on %s in %s with %d slots after %.1f s",
-        folder.name, target, quantize or weights_dtype, engine.max_num_seqs,
-        time.monotonic() - started,
+        "%s: ready on %s in %s after %.1f s, with a KV cache of %d positions",
+        folder.name, target, quantize or weights_dtype, time.monotonic() - started,
+        engine.num_blocks * BLOCK_SIZE,
     )  # fmt: skip
     return engine
 
@@ -84,20 +110,20 @@ def _load_model(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str | None,
-    max_num_seqs: int,
+    compiled_rows: int,
 ) -> XGenMM:
-    """Read the weights and, on a GPU, compile the decode kernels at the same time."""
+    """Read the weights and compile the decode kernels at the same time.
+
+    compiled_rows: batch size that the kernels are needed for; 0 for none.
+    """
     with torch.device("meta"):
         model = XGenMM(config)
     with ThreadPoolExecutor(1, initializer=use_device, initargs=(device,)) as executor:
-        compiled = None
-        if device.type == "cuda":
-            rows = min(max_num_seqs, MAX_ROWS)
-            compiled = executor.submit(compile_kernels, config, rows, dtype, quantize)
+        if compiled_rows:
+            # If it fails, so does the engine's own attempt, which says what that means.
+            executor.submit(compile_kernels, config, compiled_rows, dtype, quantize)
         load_parameters(model, folder, device=device, dtype=dtype, quantize=quantize)
         fuse_attention(model.vlm.vision_encoder)
-        if compiled is not None:
-            compiled.result()
     return model
 
 

@@ -15,24 +15,30 @@ logger = logging.getLogger(__name__)
 class EngineStatus:
     """A snapshot of an engine.
 
-    running, waiting: requests with and without batch slots. free_slots: of `Engine.max_num_seqs`.
+    running, waiting: requests with and without a place in the batch.
+    free_blocks: of the `num_blocks` of the KV cache. cached_blocks: those that can be found again.
+    preemptions: how often a request gave up its blocks to older ones and was computed again.
     closed: whether new requests are refused.
     steps, output_tokens, tiles_encoded, prompt_tokens, cached_tokens: totals since the start;
         `cached_tokens` of the prompt tokens were not computed again.
-    cache_bytes: memory of the cached image features and prefixes. cached_blocks: prefix blocks.
+    image_cache_bytes: memory of the cached image features.
+    decode_path: `kernels`, or `plain` on a CPU or if the kernels have failed their check.
     """
 
     running: int
     waiting: int
-    free_slots: int
+    free_blocks: int
+    num_blocks: int
+    cached_blocks: int
+    preemptions: int
     closed: bool
     steps: int
     output_tokens: int
     tiles_encoded: int
     prompt_tokens: int
     cached_tokens: int
-    cache_bytes: int
-    cached_blocks: int
+    image_cache_bytes: int
+    decode_path: str
 
 
 class Metrics:
@@ -57,7 +63,7 @@ class Metrics:
         """After idle time, let at most one interval of it count towards the next summary."""
         self._since = max(self._since, time.monotonic() - self._summary_seconds)
 
-    def log_summary(self, running: int, waiting: int) -> None:
+    def log_summary(self, running: int, waiting: int, decode_path: str) -> None:
         """Log what was done since the last summary, if that is long enough ago."""
         seconds = time.monotonic() - self._since
         if seconds < self._summary_seconds:
@@ -68,7 +74,7 @@ class Metrics:
         ]
         logger.info(
             "last %.0f s: %s; %d running, %d waiting; %.1f tokens/s, %.1f requests per step; "
-            "%d tiles encoded, %d of %d prompt tokens cached",
+            "%d tiles encoded, %d of %d prompt tokens cached; decode path: %s",
             seconds,
             ", ".join(finished) or "no request finished",
             running,
@@ -78,6 +84,7 @@ class Metrics:
             counts["tiles_encoded"],
             counts["cached_tokens"],
             counts["prompt_tokens"],
+            decode_path,
         )
         self._logged = self.totals.copy()
         self._since = time.monotonic()

@@ -1,26 +1,31 @@
-"""Runs what the scheduler decided: the model, its KV cache and the state of the batch.
+"""Computes what the scheduler decided: the model, its KV cache and the state of the batch.
 
-Each request owns one slot, a row of the KV cache (with beams, one slot per beam). Shapes are
-static except for the number of slots of a step, a power of two, and the number of keys. A decode
-step runs over all slots up to the last one in use. What it writes for idle slots, and for slots
-whose prompt is still being computed, lands at `BatchState.position`, where it is overwritten before
-anything reads it.
+A step is one forward pass over a flat list of tokens: the newest token of each decoding request,
+prompt chunks and choices. Linear layers run over all of them at once, attention per request.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
 
-from xgenmm.engine.batch_state import BatchState
-from xgenmm.engine.prefix_cache import Caches
-from xgenmm.engine.prompt_hashes import BLOCK_SIZE
+from xgenmm.engine.batch_state import BatchState, Rows
+from xgenmm.engine.lru_cache import LRUCache
+from xgenmm.engine.prefill_check import check_prefill
 from xgenmm.engine.request import EngineRequest
 from xgenmm.engine.sampler import apply_token_masks
-from xgenmm.engine.scheduler import DecodeBatch, EncodeBatch, PrefillChunk
-from xgenmm.kernels.cuda_graphs import build_decode_step
+from xgenmm.engine.scheduler import ChoicesChunk, PrefillChunk, Step
+from xgenmm.kernels.cuda_graphs import DecodeMode, build_decode_step, needed_buckets
+from xgenmm.models.attention import (
+    Segment,
+    continuations_segment,
+    decode_segment,
+    prompt_segment,
+)
+from xgenmm.models.kv_cache import slots
 from xgenmm.models.transfer import to_device
 from xgenmm.models.xgenmm import XGenMM
 
@@ -33,12 +38,17 @@ T = TypeVar("T")
 class StepOutput:
     """Output of a step that may still be running on the device.
 
-    requests: each with the row of its token, or of its first beam.
+    requests: those that got logits for their next token, each with its rows of the output: one, or
+        one for each beam.
+    preemptions: how often each request of the step had been preempted before.
+    choices: each with the logits of its tokens, float32 [tokens, vocab].
     tokens: waits for the step and returns the token of each row.
-    logits: [rows, vocab], valid until the next decode step.
+    logits: float32 [rows, vocab], valid until the next step.
     """
 
-    requests: Sequence[tuple[EngineRequest, int]]
+    requests: Sequence[tuple[EngineRequest, Sequence[int]]]
+    preemptions: Mapping[EngineRequest, int]
+    choices: Sequence[tuple[ChoicesChunk, torch.Tensor]]
     tokens: Callable[[], list[int]]
     logits: torch.Tensor
 
@@ -47,22 +57,37 @@ class ModelRunner:
     """The model and, on its device, the state of running requests.
 
     Args:
-        num_slots: rows of the KV cache.
-        cache_bytes: memory for image features and prefixes of earlier requests.
+        num_rows: of the batch.
+        num_blocks: of the KV cache, without the one for padding.
+        image_features: features of recent images, by hash.
+        decode: what computes steps without prompts: `auto`, `kernels` or `plain`.
+
+    Raises EngineError if the device computes something wrong, or the kernels are asked for and
+    cannot serve.
     """
 
-    def __init__(self, model: XGenMM, num_slots: int, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: XGenMM,
+        num_rows: int,
+        num_blocks: int,
+        image_features: LRUCache[torch.Tensor],
+        decode: DecodeMode = "auto",
+    ) -> None:
         self.model = model
-        self.caches = Caches(cache_bytes)
-        decoder = model.config.decoder
-        # The extra position takes the padding of chunks at the end of the context.
-        self.kv_cache = model.cache(num_slots, decoder.max_positions + 1)
-        vocab = decoder.initial_vocab + decoder.additional_tokens
-        self._batch = BatchState(num_slots, vocab, model.device)
-        self._decode_step = build_decode_step(model, self.kv_cache)
+        self.image_features = image_features
+        self.kv_cache = model.cache(num_blocks + 1)
+        if model.device.type == "cuda":
+            num_rows = needed_buckets(num_rows)[-1]
+            difference = check_prefill(model, self.kv_cache)
+            logger.info("prefill: logits differ from the reference's by %.1e", difference)
+        self._batch = batch = BatchState(num_rows, model.config.decoder, model.device)
+        self.decode_path = build_decode_step(
+            model, self.kv_cache, batch.token, batch.position, batch.block_tables, decode
+        )
 
     def retry_out_of_memory(self, work: Callable[[], T]) -> T:
-        """Run `work`; if memory runs out, drop the caches and run it once more.
+        """Run `work`; if memory runs out, drop the cached images and run it once more.
 
         This is safe because a method of this class that has raised can be called again.
         """
@@ -71,54 +96,40 @@ class ModelRunner:
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            logger.warning("out of memory: dropping the caches and trying once more")
-        self.caches.clear()
+            logger.warning("out of memory: dropping the cached images and trying once more")
+        self.image_features.clear()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return work()
 
     def add_request(self, request: EngineRequest) -> None:
-        """Prepare the request's slots and reuse what is cached of its prompt and images."""
-        # At least one position must be computed, for the logits that follow it.
-        hashes = request.hashes.blocks[: (request.num_prompt_tokens - 1) // BLOCK_SIZE]
-        cached = self.caches.prefixes.restore(hashes, self.kv_cache, request.slots[0])
-        request.num_computed_tokens = request.usage.cached_tokens = cached
-        for slot in request.slots:
-            self._batch.add_request(slot, request.params, cached)
-        for index in request.pending_images:
-            features = self.caches.image_features.get(request.hashes.images[index])
-            if features is not None:
-                request.image_features[index] = features
+        """Prepare the request's rows."""
+        for row in request.rows:
+            self._batch.add(row, request.params, request.output_token_ids)
 
-    def remove_request(self, request: EngineRequest) -> None:
-        """Make the request's slots idle."""
-        for slot in request.slots:
-            self._batch.remove(slot)
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Make rows idle."""
+        for row in rows:
+            self._batch.remove(row)
 
-    def cache_prefix(self, request: EngineRequest) -> None:
-        """Cache the keys and values of the prompt and of the output so far."""
-        hashes = request.hashes.blocks_with_output(request.output_token_ids)
-        computed = hashes[: request.num_computed_tokens // BLOCK_SIZE]
-        self.caches.prefixes.save(computed, self.kv_cache, request.slots[0])
-
-    def encode(self, batch: EncodeBatch) -> None:
-        """Encode images, cache the features and give them to the requests.
+    def encode(self, step: Step) -> None:
+        """Encode a step's images, cache the features and give them to the requests.
 
         The features are vision tokens, unless these depend on the prompt's text (the
         instruction-aware resampler of v1): then they are the output of the vision tower.
         """
-        images = list(batch.images.values())
+        images = list(step.images.values())
         encoded = self.model.features(images)
         if not self.model.config.resampler.text_tokens:
             encoded = self.model.vision_tokens(images, encoded)
-        for image_hash, view in zip(batch.images, encoded, strict=True):
+        for image_hash, view in zip(step.images, encoded, strict=True):
             features = view.clone()  # a view would keep the whole batch alive
-            self.caches.image_features.put(image_hash, features)
-            for request, index in batch.users[image_hash]:
+            self.image_features.put(image_hash, features)
+            for request, index in step.image_users[image_hash]:
                 request.image_features[index] = features
 
     def merge_embeddings(self, request: EngineRequest) -> None:
-        """Make the prompt's embeddings from its token ids and image features."""
+        """Make the embeddings of what the request has to prefill, from ids and image features."""
         config, device = self.model.config, self.model.device
         vision = []
         for index, image in enumerate(request.images):
@@ -130,77 +141,138 @@ class ModelRunner:
                 vision += self.model.vision_tokens([image], features, request.prompt)
             else:
                 vision.append(request.image_features[index])
-        request.embeds = self.model.merge_multimodal_embeddings(request.prompt, vision)
+        embeds = self.model.merge_multimodal_embeddings(request.prompt, vision)
+        if request.output_token_ids:
+            embeds = torch.cat([embeds, self.model.embed_ids(request.output_token_ids)])
+        request.embeds = embeds
         request.image_features.clear()
 
-    def prefill(self, chunks: Sequence[PrefillChunk]) -> torch.Tensor:
-        """Compute prompt chunks; returns the logits after each: float32 [chunks, vocab]."""
-        parts = []
-        for chunk in chunks:
-            assert chunk.request.embeds is not None
-            parts.append(chunk.request.embeds[chunk.start : chunk.start + chunk.length])
-        starts = [chunk.start for chunk in chunks]
-        slots = [chunk.request.slots[0] for chunk in chunks]
-        logits = self.model.prefill_chunk(parts, starts, slots, self.kv_cache)
-        for chunk, slot in zip(chunks, slots, strict=True):
-            self._batch.position[slot] = chunk.start + chunk.length
-        return logits
+    def run(self, step: Step, masks: Mapping[int, torch.Tensor]) -> StepOutput:
+        """Begin a step's forward pass and sampling; on a GPU they are not finished on return.
 
-    def sample_first(
-        self, request: EngineRequest, logits: torch.Tensor, mask: torch.Tensor | None
-    ) -> StepOutput:
-        """Begin sampling for a request, from the logits [1, vocab] after its prompt.
-
-        mask: the tokens that the request's grammar allows, bool [vocab].
+        masks: the tokens that grammars allow next, bool [vocab] by batch row.
         """
-        slot = request.slots[0]
-        self._batch.activate(slot)
-        logits = apply_token_masks(logits, {} if mask is None else {0: mask})
-        tokens = self._batch.sample(slice(slot, slot + 1), logits)
-        return StepOutput([(request, 0)], _copy_to_host(tokens), logits)
-
-    def decode(self, batch: DecodeBatch, masks: Mapping[int, torch.Tensor]) -> StepOutput:
-        """Begin a decode step; on a GPU it is not finished when this returns.
-
-        masks: the tokens that grammars allow, bool [vocab] by slot.
-        """
-        state, slots = self._batch, slice(batch.num_slots)
-        logits = self._decode_step(
-            state.token[slots], state.position[slots], self.kv_cache, batch.num_keys
+        self._update_blocks(step)
+        finished = [chunk.request for chunk in step.chunks if chunk.is_last]
+        rows = [row for request in step.decoding for row in request.rows]
+        rows += [request.rows[0] for request in finished]
+        where: Rows
+        decode = self.decode_path.decode
+        if decode is not None and not step.chunks and not step.choices:
+            logits = decode(max(rows) + 1)
+            where, index = slice(len(logits)), {row: row for row in rows}
+        else:
+            logits = self._forward(step)
+            where = to_device(torch.tensor(rows, dtype=torch.long), self.model.device)
+            index = {row: i for i, row in enumerate(rows)}
+        sizes = [sum(map(len, choices.token_ids)) for choices in step.choices]
+        logits, *choices_logits = logits.split([len(logits) - sum(sizes), *sizes])
+        logits = apply_token_masks(logits, {index[row]: mask for row, mask in masks.items()})
+        for request in finished:
+            if request.is_sampled:
+                self._batch.start(request.rows[0], request.num_prefill_tokens - 1)
+        tokens = self._batch.sample(where, logits) if rows else torch.empty(0)
+        return StepOutput(
+            requests=[
+                (request, [index[row] for row in request.rows if row in index])
+                for request in [*step.decoding, *finished]
+            ],
+            preemptions={request: request.num_preemptions for request in step.requests},
+            choices=list(zip(step.choices, choices_logits, strict=True)),
+            tokens=_copy_to_host(tokens),
+            logits=logits,
         )
-        tokens = state.sample(slots, apply_token_masks(logits, masks))
-        state.advance(slots)  # last, so that a step that fails before can be repeated
-        rows = [(request, request.slots[0]) for request in batch.requests]
-        return StepOutput(rows, _copy_to_host(tokens), logits)
 
-    def start_beams(self, request: EngineRequest, logits: torch.Tensor) -> torch.Tensor:
-        """Copy the prompt to the slots of all beams.
-
-        Takes the logits [1, vocab] after the prompt, returns penalized log-probabilities.
-        """
-        slots = self._slots(request)
-        prompt = slots[:1].expand(len(slots))
-        self.kv_cache.reorder(prompt, request.num_computed_tokens, into=slots)
-        return self._batch.penalize(slots[:1], logits.log_softmax(-1))
-
-    def score_beams(self, request: EngineRequest, logits: torch.Tensor) -> torch.Tensor:
-        """Penalized log-probabilities [beams, vocab] from a decode step's logits [slots, vocab]."""
-        slots = self._slots(request)
-        return self._batch.penalize(slots, logits[slots].log_softmax(-1))
+    def score_beams(
+        self, request: EngineRequest, logits: torch.Tensor, rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Penalized log-probabilities [beams, vocab] from these rows of a step's logits."""
+        device = self.model.device
+        logits = logits[to_device(torch.tensor(rows), device)]
+        beams = to_device(torch.tensor(request.rows[: len(rows)]), device)
+        return self._batch.penalize(beams, logits.log_softmax(-1))
 
     def reorder_beams(
         self, request: EngineRequest, parents: Sequence[int], token_ids: Sequence[int]
     ) -> None:
         """Let beam i continue beam `parents[i]` with the token `token_ids[i]`."""
-        device, length = self.model.device, request.num_computed_tokens
-        slots = self._slots(request)
-        sources = slots[to_device(torch.tensor(parents), device)]
-        self.kv_cache.reorder(sources, length, into=slots)
-        tokens = to_device(torch.tensor(token_ids), device)
-        self._batch.reorder_beams(slots, sources, tokens, length)
+        device, position = self.model.device, request.num_computed_tokens
+        sources = [request.rows[parent] for parent in parents]
+        rows, parent_rows, tokens = to_device(
+            torch.tensor([request.rows, sources, token_ids]), device
+        )
+        self._batch.reorder_beams(rows, parent_rows, tokens, position)
 
-    def _slots(self, request: EngineRequest) -> torch.Tensor:
-        return to_device(torch.tensor(request.slots), self.model.device)
+    def _forward(self, step: Step) -> torch.Tensor:
+        """The logits after each decoding row and each whole prompt, and of all choices' tokens.
+
+        float32 [n, vocab].
+        """
+        parts: list[tuple[torch.Tensor, Segment, int]] = []
+        if step.decoding:
+            parts.append(self._decode_part(step))
+        parts += [self._prompt_part(chunk) for chunk in step.chunks]
+        parts += [self._choices_part(choices) for choices in step.choices if choices.token_ids]
+        if not parts:
+            return torch.empty(0, self._batch.vocab, device=self.model.device)
+        embeds = torch.cat([embeds for embeds, _, _ in parts])
+        hidden = self.model.forward(embeds, [segment for _, segment, _ in parts], self.kv_cache)
+        ends = accumulate(len(embeds) for embeds, _, _ in parts)
+        wanted = [hidden[end - n : end] for end, (_, _, n) in zip(ends, parts, strict=True)]
+        return self.model.logits(torch.cat(wanted))
+
+    # Each part of a pass: embeddings [tokens, width], their segment, and how many of the last
+    # tokens need logits.
+
+    def _decode_part(self, step: Step) -> tuple[torch.Tensor, Segment, int]:
+        rows = [row for request in step.decoding for row in request.rows]
+        where = to_device(torch.tensor(rows), self.model.device)
+        positions, tables = self._batch.position[where], self._batch.block_tables[where]
+        if self.decode_path.segment is not None:
+            segment = self.decode_path.segment(positions, tables)
+        else:
+            num_keys = 1 + max(request.num_computed_tokens for request in step.decoding)
+            window = self.model.config.decoder.window_keys
+            segment = decode_segment(positions, tables, num_keys, window, self.model.dtype)
+        return self.model.decoder.embed(self._batch.token[where]), segment, len(rows)
+
+    def _prompt_part(self, chunk: PrefillChunk) -> tuple[torch.Tensor, Segment, int]:
+        request, config = chunk.request, self.model.config.decoder
+        assert request.embeds is not None
+        embeds = request.embeds[chunk.start : chunk.start + chunk.length]
+        table = self._batch.block_tables[request.rows[0]]
+        segment = prompt_segment(
+            chunk.start, chunk.length, table, config.window_keys, self.model.dtype
+        )
+        return embeds, segment, int(chunk.is_last)
+
+    def _choices_part(self, choices: ChoicesChunk) -> tuple[torch.Tensor, Segment, int]:
+        request, config, device = choices.request, self.model.config.decoder, self.model.device
+        tokens = [token for choice in choices.token_ids for token in choice]
+        blocks = to_device(torch.tensor(request.scratch_blocks), device)
+        scratch = slots(blocks[None], torch.arange(len(tokens), device=device)[None])[0]
+        segment = continuations_segment(
+            [len(choice) for choice in choices.token_ids],
+            request.num_prompt_tokens,
+            self._batch.block_tables[request.rows[0]],
+            scratch,
+            config.window_keys,
+            self.model.dtype,
+        )
+        return self.model.embed_ids(tokens), segment, len(tokens)
+
+    def _update_blocks(self, step: Step) -> None:
+        """Copy blocks that beams no longer share, and bring the block tables to the device."""
+        if step.block_copies:
+            sources, targets = to_device(torch.tensor(step.block_copies).T, self.model.device)
+            self.kv_cache.copy_blocks(sources, targets)
+        self._batch.set_block_tables(
+            [
+                (row, table)
+                for request in step.requests
+                for row, table in zip(request.rows, request.block_tables, strict=False)
+            ]
+        )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

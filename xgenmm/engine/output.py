@@ -86,14 +86,12 @@ class OutputProcessor:
             return
         self.unfinished.remove(request)
         try:
-            if request.slots:
-                self._runner.remove_request(request)
-            if error is None and request.decoding and request.output_token_ids:
-                self._runner.cache_prefix(request)
+            self._runner.free_rows(request.rows)
         finally:
             self._scheduler.remove(request)
             usage = request.usage
-            usage.stop_reason = reason
+            usage.stop_reason, usage.preemptions = reason, request.num_preemptions
+            usage.decode_path = self._runner.decode_path.name
             usage.tokens_per_second = usage.output_tokens / (time.monotonic() - request.started)
             self._metrics.finish(usage)
             _end_sink(request, reason, error)

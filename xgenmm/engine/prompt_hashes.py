@@ -11,12 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xgenmm.config import ResamplerConfig
+from xgenmm.config import BLOCK_SIZE, ResamplerConfig
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
-
-BLOCK_SIZE = 32
-"""Positions of one block, whose keys and values are cached together."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,11 @@ class PromptHashes:
         positions = np.concatenate([*parts, _text_positions(ids[end:])])
         return cls(hashes, tuple(image_ends), positions, tuple(_block_hashes(positions)))
 
-    def blocks_with_output(self, output_token_ids: Sequence[int]) -> list[bytes]:
+    def blocks_with_output(self, output_token_ids: Sequence[int]) -> tuple[bytes, ...]:
         """Hashes of the whole blocks of the prompt followed by these output tokens."""
         output = _text_positions(np.array(output_token_ids, dtype=np.uint64))
-        return list(_block_hashes(np.concatenate([self.positions, output])))
+        rest = np.concatenate([self.positions[len(self.blocks) * BLOCK_SIZE :], output])
+        return (*self.blocks, *_block_hashes(rest, self.blocks[-1] if self.blocks else b""))
 
 
 def image_hash(image: TiledImage) -> bytes:
@@ -80,8 +78,8 @@ def _text_positions(ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return positions
 
 
-def _block_hashes(positions: NDArray[np.uint64]) -> Iterator[bytes]:
-    digest = b""
+def _block_hashes(positions: NDArray[np.uint64], digest: bytes = b"") -> Iterator[bytes]:
+    """digest: the hash of everything before `positions`."""
     for start in range(0, len(positions) - BLOCK_SIZE + 1, BLOCK_SIZE):
         block = positions[start : start + BLOCK_SIZE].tobytes()
         digest = hashlib.sha256(digest + block).digest()

@@ -13,6 +13,7 @@ from xgenmm.engine.sampler import (
     uniform_noise,
 )
 from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm.models.attention import GrowingCache
 from xgenmm.models.xgenmm import XGenMM
 
 if TYPE_CHECKING:
@@ -74,11 +75,10 @@ def _sample(
     max_tokens: int,
     cancelled: Callable[[], bool],
 ) -> Iterator[int]:
-    length = embeds.shape[0]
-    cache = model.cache(1, length + max_tokens)
+    cache = GrowingCache(model.config.decoder.window_keys)
     settings = SamplingMetadata.from_params([params], model.device)
     noise = uniform_noise(params).to(model.device)
-    logits = model.prefill([embeds], cache)
+    logits = next_logits(model, embeds[None], 0, cache)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for step in range(max_tokens):
         scores = apply_repetition_penalty(logits, seen, settings.penalty)
@@ -88,8 +88,8 @@ def _sample(
         if cancelled():
             return
         if step + 1 < max_tokens:
-            position = length + step
-            logits = model.decode(token, token.new_tensor([position]), cache, position + 1)
+            new = model.decoder.embed(token[:, None])
+            logits = next_logits(model, new, len(embeds) + step, cache)
 
 
 def _beam_search(
@@ -100,14 +100,11 @@ def _beam_search(
     end_ids: Collection[int],
     cancelled: Callable[[], bool],
 ) -> Iterator[int]:
-    length, device = embeds.shape[0], model.device
+    length, device = len(embeds), model.device
     search = BeamSearch(params.num_beams, end_ids, max_tokens)
     settings = SamplingMetadata.from_params([params], device)
-    prompt = model.cache(1, length)
-    logits = model.prefill([embeds], prompt)
-    cache = model.cache(params.num_beams, length + max_tokens)
-    cache.keys[:, :, :, :length] = prompt.keys
-    cache.values[:, :, :, :length] = prompt.values
+    cache = GrowingCache(model.config.decoder.window_keys)
+    logits = next_logits(model, embeds[None], 0, cache)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     while True:
         parents, token_ids = search.advance(
@@ -119,7 +116,19 @@ def _beam_search(
             break
         rows, tokens = torch.tensor(parents, device=device), torch.tensor(token_ids, device=device)
         seen = seen[rows].scatter(1, tokens[:, None], True)
-        cache.reorder(rows, length)
-        logits = model.decode(tokens, torch.full_like(tokens, length), cache, length + 1)
+        cache.reorder(rows)
+        logits = next_logits(model, model.decoder.embed(tokens[:, None]), length, cache)
         length += 1
     yield from search.best()
+
+
+@torch.inference_mode()
+def next_logits(
+    model: XGenMM, embeds: torch.Tensor, start: int, cache: GrowingCache
+) -> torch.Tensor:
+    """Extend sequences from position `start` on by [rows, t, width]; returns the next logits.
+
+    float32 [rows, initial_vocab + additional].
+    """
+    positions = torch.arange(start, start + embeds.shape[1], device=embeds.device)
+    return model.logits(model.decoder(embeds, positions[None], cache)[:, -1])

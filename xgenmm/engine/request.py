@@ -51,11 +51,13 @@ class Usage:
 
     prompt_tokens: length of the prompt, `image_tokens` (vision tokens) included; the keys and
         values of `cached_tokens` of them came from an earlier prompt.
+    preemptions: how often the request lost its place to older ones and was computed again.
     queue_time: from the request to its admission.
     prefill_time: from admission to the end of the prompt, image encoding included.
     time_to_first_token: from the request to its first token.
     tokens_per_second: output tokens divided by the time of the whole request.
     batch_size: the largest number of requests in a decode step with this one, itself included.
+    decode_path: `kernels` or `plain`, what computed the tokens; see `EngineStatus`.
     stop_reason: `end` (the model ended the answer), `stop` (a stop sequence), `length`
         (max_new_tokens or the context length), `cancelled`, `timeout` or `failed`.
     choices: the probability of each choice, if the request had choices.
@@ -70,6 +72,8 @@ class Usage:
     time_to_first_token: float = 0.0
     tokens_per_second: float = 0.0
     batch_size: int = 0
+    preemptions: int = 0
+    decode_path: str = "plain"
     stop_reason: StopReason = "cancelled"
     choices: dict[str, float] | None = None
 
@@ -96,12 +100,21 @@ class OutputSink(Protocol):
 
 @dataclass(eq=False)
 class EngineRequest:
-    """A checked request and its progress.
+    """A checked request and its progress, which only the engine's thread changes.
 
     hashes: of `prompt` with `images`.
     max_tokens: limit of output tokens; prompt and output together fit the context.
     choices: token ids of each choice, its end token included; empty for free text.
-    started, deadline: `time.monotonic` seconds.
+    started, deadline, admitted: `time.monotonic` seconds.
+    rows: of the batch, one for each beam. block_tables: one for each beam; a single one before the
+        search begins.
+    scratch_blocks: hold the keys and values of choices while they are scored.
+    num_prefill_tokens: tokens to compute before the next one can be generated: the prompt and,
+        after a preemption, the output so far. num_cached_tokens: the first of them that were found
+        in the cache. num_computed_tokens: tokens with keys and values in the cache, or soon to be.
+    embeds: of the tokens to prefill, [tokens, width].
+    choice_scores: for each choice, the log-probability of its tokens so far, float32 []. The
+        choices before `next_choice` are scored or being scored.
     """
 
     prompt: Prompt
@@ -117,36 +130,70 @@ class EngineRequest:
     deadline: float = float("inf")
 
     num_prompt_tokens: int = field(init=False)  # vision tokens included
-
-    # Progress, set by the engine's thread.
-    admitted: float = field(default=0.0, init=False)
-    slots: list[int] = field(default_factory=list, init=False)
-    image_features: "dict[int, torch.Tensor]" = field(default_factory=dict, init=False)
-    embeds: "torch.Tensor | None" = field(default=None, init=False)  # [prompt tokens, width]
-    num_computed_tokens: int = field(default=0, init=False)  # tokens with cached keys and values
     output_token_ids: list[int] = field(default_factory=list, init=False)
+
+    # Set by the scheduler on admission, and again after a preemption.
+    admitted: float = field(default=0.0, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    rows: list[int] = field(default_factory=list, init=False)
+    block_hashes: Sequence[bytes] = field(default=(), init=False)
+    block_tables: list[list[int]] = field(default_factory=list, init=False)
+    scratch_blocks: list[int] = field(default_factory=list, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    num_prefill_tokens: int = field(default=0, init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+
+    # What has been computed of the prompt and of answers that are not sampled.
+    image_features: "dict[int, torch.Tensor]" = field(default_factory=dict, init=False)
+    embeds: "torch.Tensor | None" = field(default=None, init=False)
     beam_search: "BeamSearch | None" = field(default=None, init=False)
+    choice_scores: "list[torch.Tensor]" = field(default_factory=list, init=False)
+    next_choice: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.hashes.positions)
+        self.num_prompt_tokens = self.num_prefill_tokens = len(self.hashes.positions)
+        self.block_hashes = self.hashes.blocks
 
     @property
-    def num_slots(self) -> int:
-        """How many batch slots the request needs: one for each beam."""
+    def num_seqs(self) -> int:
+        """How many batch rows the request needs: one for each beam."""
         return 1 if self.choices else self.params.num_beams
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether tokens are sampled one by one: neither beams nor choices."""
+        return self.num_seqs == 1 and not self.choices
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens of the prompt and of the output so far."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
     def pending_images(self) -> list[int]:
         """Indices of the images that must still be encoded."""
-        if self.embeds is not None or self.decoding:
+        if self.embeds is not None or self.prefilled:
             return []
         return [
             index
             for index, end in enumerate(self.hashes.image_ends)
-            if end > self.usage.cached_tokens and index not in self.image_features
+            if end > self.num_cached_tokens and index not in self.image_features
         ]
 
     @property
+    def prefilled(self) -> bool:
+        """Whether the prompt, and the output before a preemption, have been computed."""
+        return self.num_computed_tokens >= self.num_prefill_tokens
+
+    @property
     def decoding(self) -> bool:
-        """Whether the whole prompt has been computed."""
-        return self.num_computed_tokens >= self.num_prompt_tokens
+        """Whether the request is generating tokens."""
+        return self.prefilled and not self.choices
+
+    def preempt(self) -> None:
+        """Give up everything that was computed; the output so far stays."""
+        self.num_preemptions += 1
+        self.num_cached_tokens = self.num_computed_tokens = self.next_choice = 0
+        self.num_prefill_tokens = self.num_known_tokens
+        self.embeds = self.beam_search = None
+        self.image_features, self.choice_scores = {}, []

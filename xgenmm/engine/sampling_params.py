@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from xgenmm.errors import InputError
 
 MOST_BEAMS = 8
-"""Maximum beams of one request; each needs a batch slot."""
+"""Maximum beams of one request; each needs a row of the batch."""
 
 LIMITS: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, 2048),

@@ -28,7 +28,8 @@ from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 
 MAX_NUM_SEQS = 16
-CACHE_BYTES = 64 << 20
+NUM_BLOCKS = 1024
+IMAGE_BYTES = 8 << 20
 
 
 @dataclass
@@ -75,11 +76,15 @@ class Comparison:
     found: list[int]
 
 
-def check_engine(folder: Path, seed: int) -> list[Comparison]:
+def check_engine(
+    folder: Path, seed: int, num_blocks: int = NUM_BLOCKS
+) -> tuple[list[Comparison], int]:
     """Run all requests of a golden folder at once, shuffled by `seed`.
 
     Each case gets three more requests with other settings. Their expected ids are those of
     `reference.generate`.
+
+    num_blocks: of the KV cache. With few of them, requests are preempted; returns how often.
     """
     description = read_json_object(folder / "cases.json")
     model, rng = golden_model(folder, description), random.Random(seed)
@@ -98,14 +103,21 @@ def check_engine(folder: Path, seed: int) -> list[Comparison]:
             planned.append((name, stage in case, ids, sink))
             requests.append(_engine_request(model, prompt, tiles, settings, sink))
     rng.shuffle(requests)
-    core = EngineCore(model, end_ids, MAX_NUM_SEQS, CACHE_BYTES, SchedulerConfig())
+    core = EngineCore.build(
+        model,
+        end_ids,
+        SchedulerConfig(),
+        max_num_seqs=MAX_NUM_SEQS,
+        num_blocks=num_blocks,
+        image_bytes=IMAGE_BYTES,
+    )
     thread = EngineThread(core)
     for request in requests:
         thread.submit(request)
     compared = [Comparison(name, golden, ids, sink.result()) for name, golden, ids, sink in planned]
     thread.close()
     thread.join()
-    return compared
+    return compared, core.scheduler.num_preemptions
 
 
 def _golden_settings(

@@ -26,6 +26,7 @@ from xgenmm.config import (
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.files import read_json_object
+from xgenmm.models.attention import GrowingCache
 from xgenmm.models.image_features import normalize, padding_mask
 from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
@@ -284,9 +285,9 @@ def golden_generations(
 @torch.inference_mode()
 def all_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
     """Return all logits of a prompt: [length, width] -> float32 [length, vocab]."""
-    length = embeds.shape[0]
-    positions = torch.arange(length, device=embeds.device)[None]
-    return model.logits(model.decoder(embeds[None], positions, model.cache(1, length), length))[0]
+    positions = torch.arange(embeds.shape[0], device=embeds.device)[None]
+    cache = GrowingCache(model.config.decoder.window_keys)
+    return model.logits(model.decoder(embeds[None], positions, cache))[0]
 
 
 def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> Iterator[Case]:

@@ -1,18 +1,23 @@
-"""Static KV cache of the decoder, and the part of it that one forward pass uses."""
+"""Paged KV cache of the decoder."""
 
 from dataclasses import dataclass
 
 import torch
 
-from xgenmm.config import DecoderConfig
+from xgenmm.config import BLOCK_SIZE, DecoderConfig
+
+NULL_BLOCK = 0
+"""Belongs to no sequence: padding writes its keys and values there."""
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, [layers, rows, heads, max_length, head_dim] each.
+    """Keys and values of every layer, [layers, blocks, BLOCK_SIZE, heads, head_dim] each.
 
-    A token is stored at the index of its position. The caller tracks the length of each row;
-    whatever lies beyond it is never attended to, so rows are reused without clearing them.
+    A sequence has a block table: position p lies in block `table[p // BLOCK_SIZE]` at offset
+    `p % BLOCK_SIZE`. The slot of a position is its index when all blocks of a layer lie in a row.
+    Sequences may share blocks. What no position of a sequence has been written to is never attended
+    to, so blocks are reused without clearing them.
     """
 
     keys: torch.Tensor
@@ -20,67 +25,37 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls,
-        config: DecoderConfig,
-        rows: int,
-        max_length: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        cls, config: DecoderConfig, num_blocks: int, *, device: torch.device, dtype: torch.dtype
     ) -> "KVCache":
-        """Allocate a cache for `rows` sequences of at most `max_length` tokens."""
-        shape = (config.num_layers, rows, config.num_heads, max_length, config.head_dim)
+        """Allocate `num_blocks` blocks, `NULL_BLOCK` included."""
+        shape = (config.num_layers, num_blocks, BLOCK_SIZE, config.num_heads, config.head_dim)
         keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         return cls(keys, values)
 
+    @staticmethod
+    def block_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Memory of one block with the keys and values of all layers."""
+        return 2 * config.num_layers * BLOCK_SIZE * config.hidden_size * dtype.itemsize
+
     @property
-    def max_length(self) -> int:
-        """Number of tokens that a row can hold."""
-        return self.keys.shape[3]
+    def num_blocks(self) -> int:
+        """Number of blocks, `NULL_BLOCK` included."""
+        return self.keys.shape[1]
 
-    def reorder(self, rows: torch.Tensor, length: int, into: torch.Tensor | None = None) -> None:
-        """Copy the first `length` tokens of row `rows[i]` to row `into[i]`, as beam search needs.
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the keys and values of one layer by slot, [slots, heads, head_dim] each."""
+        return self.keys[number].flatten(0, 1), self.values[number].flatten(0, 1)
 
-        All rows are read before any is written. rows, into: int64 [n]; by default the first n
-        rows are written.
-        """
-        target = slice(len(rows)) if into is None else into
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy block `sources[i]` to block `targets[i]`, int64 [n] each; no target is a source."""
         for tensor in (self.keys, self.values):
-            tensor[:, target, :, :length] = tensor[:, rows, :, :length]
+            tensor[:, targets] = tensor[:, sources]
 
 
-@dataclass(frozen=True)
-class CacheView:
-    """Where one forward pass writes its keys and values and which ones it reads, in every layer.
+def slots(block_tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The cache slots of positions: int [rows, max_blocks], int64 [rows, n] -> int64 [rows, n].
 
-    Attributes:
-        rows: the cache rows of the batch: a slice, which is read in place, or int64 [batch], which
-            is read as a copy.
-        row_index: the same rows, int64 [batch, 1].
-        indices: int64 [batch, t], the index within its row of each new token.
-        start: the first index if every row writes to start, start + 1, ...; a slice is then
-            copied instead of scattering. None otherwise.
-        readable: the range of indices that attention reads.
+    Negative positions, which are padding, get a slot of `NULL_BLOCK`.
     """
-
-    cache: KVCache
-    rows: slice | torch.Tensor
-    row_index: torch.Tensor
-    indices: torch.Tensor
-    start: int | None
-    readable: slice
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store the keys and values of the new tokens, [batch, heads, t, head_dim] each."""
-        for cached, new in ((self.cache.keys, keys), (self.cache.values, values)):
-            if self.start is None:
-                cached[layer][self.row_index, :, self.indices] = new.transpose(1, 2)
-            else:
-                cached[layer][self.rows, :, self.start : self.start + new.shape[2]] = new
-
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the readable keys and values, [batch, heads, n, head_dim] each."""
-        return (
-            self.cache.keys[layer][self.rows, :, self.readable],
-            self.cache.values[layer][self.rows, :, self.readable],
-        )
+    blocks = block_tables.gather(1, positions.clamp(min=0) // BLOCK_SIZE).long()
+    return torch.where(positions < 0, NULL_BLOCK, blocks * BLOCK_SIZE + positions % BLOCK_SIZE)

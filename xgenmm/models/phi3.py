@@ -1,18 +1,20 @@
-"""Phi-3 decoder with a static KV cache and xGen-MM's additional tokens.
+"""Phi-3 decoder with xGen-MM's additional tokens.
 
-Plain PyTorch: the reference implementation and the CPU path. Parameter names are those of the
-released checkpoints (`vlm.lang_model.*`). The additional tokens (`<image>` and two others) have
-their own embedding and output rows, which the checkpoints store apart from the vocabulary's.
+Plain PyTorch: the reference implementation and the CPU path. What the tokens of a pass attend to
+is an argument (`models/attention.py`). Parameter names are those of the released checkpoints
+(`vlm.lang_model.*`). The additional tokens (`<image>` and two others) have their own embedding and
+output rows, which the checkpoints store apart from the vocabulary's.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from xgenmm.config import DecoderConfig
-from xgenmm.models.kv_cache import CacheView, KVCache
+from xgenmm.models.attention import Attend
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine of the tokens' positions, from `rotary_angles`."""
 
 
 class AdditionalEmbedding(nn.Embedding):
@@ -45,24 +47,6 @@ class AdditionalLinear(nn.Linear):
         return torch.cat([F.linear(hidden, weight, bias), self.additional_fc(hidden)], dim=-1)
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What attention needs to know about one forward pass; the same for every layer.
-
-    Attributes:
-        rotary: cosine and sine of the tokens' positions, from `rotary_angles`.
-        mask: bool [batch, 1, t, keys], True where a token attends to a key; None means all keys.
-        is_causal: each token attends to itself and to the tokens before it in this pass. The cache
-            is then written but not read.
-        cache: None for a pass without a cache, whose tokens attend to one another only.
-    """
-
-    rotary: tuple[torch.Tensor, torch.Tensor]
-    mask: torch.Tensor | None
-    is_causal: bool = False
-    cache: CacheView | None = None
-
-
 class Attention(nn.Module):
     """Multi-head attention with rotary position embedding."""
 
@@ -72,19 +56,13 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: torch.Tensor, inputs: AttentionInputs, layer: int) -> torch.Tensor:
-        """[batch, t, hidden_size] -> the same shape; writes keys and values to the cache."""
+    def forward(
+        self, hidden: torch.Tensor, rotary: Rotary, attend: Attend, layer: int
+    ) -> torch.Tensor:
+        """[..., t, hidden_size] -> the same shape."""
         qkv = self.qkv_proj(hidden).unflatten(-1, (3, self.heads, -1))
-        query, key = _rotate(qkv[:, :, :2], inputs.rotary).transpose(1, 3).unbind(2)
-        value = qkv[:, :, 2].transpose(1, 2)  # all three are [batch, heads, t, head_dim]
-        if inputs.cache is not None:
-            inputs.cache.write(layer, key, value)
-            if not inputs.is_causal:
-                key, value = inputs.cache.read(layer)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=inputs.mask, is_causal=inputs.is_causal
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        query, key = _rotate(qkv[..., :2, :, :], rotary).unbind(-3)
+        return self.o_proj(attend(layer, query, key, qkv[..., 2, :, :]).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -111,9 +89,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: torch.Tensor, inputs: AttentionInputs, layer: int) -> torch.Tensor:
-        """[batch, t, hidden_size] -> the same shape."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), inputs, layer)
+    def forward(
+        self, hidden: torch.Tensor, rotary: Rotary, attend: Attend, layer: int
+    ) -> torch.Tensor:
+        """[..., t, hidden_size] -> the same shape."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, attend, layer)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -141,108 +121,37 @@ class Phi3Decoder(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self,
-        embeds: torch.Tensor,
-        positions: torch.Tensor,
-        cache: KVCache,
-        length: int,
-        *,
-        rows: torch.Tensor | None = None,
-        indices: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        start: int | None = None,
+        self, embeds: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """Run prefill or decode: write keys and values to the cache, return final hidden states.
+        """Run the layers over new tokens; return their final hidden states, after the norm.
 
         Args:
-            embeds: [batch, t, hidden_size].
-            positions: int64 [batch, t]. Padding at the end of a row has the positions that follow;
-                later tokens overwrite it before anything attends to it.
-            cache: of at least `batch` rows.
-            length: number of cached keys to consider, above every index. An int, so that the host
-                need not wait for the device.
-            rows: int64 [batch], rows of the cache; by default the first ones, which saves a copy.
-            indices: int64 [batch, t], where in the row the keys go; by default at `positions`.
-            mask: bool [batch, 1, t, length], True where a token attends to a key; by default the
-                sliding window.
-            start: the first position, if every row's positions are start, start + 1, ... A hint
-                that saves building the mask; the result is the same without it.
-
-        Returns:
-            [batch, t, hidden_size], after the final norm.
+            embeds: [..., t, hidden_size].
+            positions: int64 [..., t].
+            attend: stores the tokens' keys and values, and attends to all that they may see.
         """
-        readable, is_causal = slice(length), False
-        if mask is None:
-            mask, readable, is_causal = self._window(positions, length, start)
-        batch = embeds.shape[0]
-        row_ids = torch.arange(batch, device=embeds.device) if rows is None else rows
-        view = CacheView(
-            cache,
-            rows=slice(batch) if rows is None else rows,
-            row_index=row_ids[:, None],
-            indices=positions if indices is None else indices,
-            start=start if indices is None else None,
-            readable=readable,
-        )
-        rotary = self._rotary(positions, embeds.dtype)
-        return self._run(embeds, AttentionInputs(rotary, mask, is_causal, view))
-
-    def forward_uncached(
-        self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Run one pass without a cache, e.g. for training.
-
-        mask: bool [batch, 1, t, t]. positions and the result are as in `forward`.
-        """
-        return self._run(embeds, AttentionInputs(self._rotary(positions, embeds.dtype), mask))
-
-    def _window(
-        self, positions: torch.Tensor, length: int, start: int | None
-    ) -> tuple[torch.Tensor | None, slice, bool]:
-        """Sliding-window attention as (mask or None, readable range, is_causal)."""
-        tokens, window = positions.shape[1], self.config.window_keys
-        if start is not None and tokens == 1:
-            return None, slice(max(0, start + 1 - window), start + 1), False
-        if start == 0 and tokens <= window:
-            return None, slice(length), True
-        return visible_keys(positions, length, window), slice(length), False
-
-    def _rotary(
-        self, positions: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, dtype)
-
-    def _run(self, hidden: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        config, hidden = self.config, embeds
+        rotary = rotary_angles(positions, config.head_dim, config.rope_theta, embeds.dtype)
         for number, layer in enumerate(self.model.layers):
-            hidden = layer(hidden, inputs, number)
+            hidden = layer(hidden, rotary, attend, number)
         return self.model.norm(hidden)
-
-
-def visible_keys(positions: torch.Tensor, length: int, window: int) -> torch.Tensor:
-    """Sliding-window mask: a token attends to itself and to the `window` - 1 keys before it.
-
-    positions: int64 [batch, t]. Returns bool [batch, 1, t, length]. The window of the released
-    models is `DecoderConfig.window_keys`, one more than their `sliding_window`: they were trained
-    with 2047 keys before the token itself.
-    """
-    distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
-    return (distance >= 0) & (distance < window)
 
 
 def rotary_angles(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Rotary:
     """Rotary position embedding (RoFormer, arXiv 2104.09864, equation 34).
 
-    positions: int64 [batch, t]. Returns cosine and sine, [batch, t, 1, 1, head_dim] each.
+    positions: int64 [..., t]. Returns cosine and sine, [..., t, 1, 1, head_dim] each.
     """
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = 1.0 / theta ** (pairs / head_dim)
-    angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, :, None, None]
+    angle = positions[..., None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)[..., None, None, :]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Rotate the pairs (i, i + head_dim / 2) of the last axis, as Phi-3 lays them out."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from xgenmm.config import XGenMMConfig
+from xgenmm.config import BLOCK_SIZE, XGenMMConfig
+from xgenmm.models.attention import PagedAttention, Segment, decode_segment
 from xgenmm.models.image_features import normalize, padding_mask, regroup
 from xgenmm.models.kv_cache import KVCache
 from xgenmm.models.phi3 import Phi3Decoder
@@ -19,16 +19,6 @@ from xgenmm.models.transfer import to_device
 from xgenmm.models.vision import build_tower
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
-
-PREFILL_ALIGNMENT = 8
-
-
-def padded_length(length: int) -> int:
-    """Round the length of a prefill chunk up to a multiple of `PREFILL_ALIGNMENT`.
-
-    Matrix libraries select and cache a kernel for each shape, so there should be few shapes.
-    """
-    return -(-length // PREFILL_ALIGNMENT) * PREFILL_ALIGNMENT
 
 
 class _VLM(nn.Module):
@@ -66,10 +56,10 @@ class XGenMM(nn.Module):
         """Dtype of the weights and of all activations."""
         return self.vlm.lang_model.lm_head.weight.dtype
 
-    def cache(self, rows: int, max_length: int) -> KVCache:
-        """Allocate a cache for `rows` sequences of at most `max_length` tokens."""
+    def cache(self, num_blocks: int) -> KVCache:
+        """Allocate a KV cache of `num_blocks` blocks, one of which is for padding."""
         return KVCache.allocate(
-            self.config.decoder, rows, max_length, device=self.device, dtype=self.dtype
+            self.config.decoder, num_blocks, device=self.device, dtype=self.dtype
         )
 
     def features(self, images: Sequence[TiledImage]) -> list[torch.Tensor]:
@@ -140,130 +130,43 @@ class XGenMM(nn.Module):
             end = start + length
         return torch.cat([*parts, embeds[end:]])
 
-    def prefill(self, prompts: Sequence[torch.Tensor], cache: KVCache) -> torch.Tensor:
-        """Prefill embedded prompts, [length, width] each, into the first rows of an empty cache.
-
-        Prompts may differ in length; padding does not change the result. Returns the logits of the
-        next token, float32 [rows, initial_vocab + additional].
-        """
-        return self.prefill_chunk(prompts, [0] * len(prompts), None, cache)
-
-    @torch.inference_mode()
-    def prefill_chunk(
-        self,
-        chunks: Sequence[torch.Tensor],
-        starts: Sequence[int],
-        rows: Sequence[int] | None,
-        cache: KVCache,
-    ) -> torch.Tensor:
-        """Prefill the next chunk of each of several embedded prompts.
-
-        Args:
-            chunks: [length, width] each.
-            starts: number of positions already in the cache, for each row.
-            rows: rows of the cache; None for the first ones. Padding beyond the end of a row
-                overwrites its last index, which then must not be in use.
-
-        Returns the logits after each chunk, float32 [rows, initial_vocab + additional].
-        """
-        device = self.device
-        lengths = [chunk.shape[0] for chunk in chunks]
-        longest = max(lengths)
-        padded = max(longest, min(padded_length(longest), cache.max_length - max(starts)))
-        embeds = torch.stack([F.pad(chunk, (0, 0, 0, padded - len(chunk))) for chunk in chunks])
-        first_rows = range(len(chunks))
-        indices = torch.tensor([starts, lengths, first_rows if rows is None else rows])
-        start_of, length_of, row_of = to_device(indices, device)  # one copy for all three
-        positions = start_of[:, None] + torch.arange(padded, device=device)
-        hidden = self.decoder(
-            embeds,
-            positions.clamp(max=cache.max_length - 1),
-            cache,
-            max(start + length for start, length in zip(starts, lengths, strict=True)),
-            rows=None if rows is None else row_of,
-            start=starts[0] if len(set(starts)) == 1 else None,
-        )
-        return self.logits(hidden[torch.arange(len(chunks), device=device), length_of - 1])
-
     @torch.inference_mode()
     def decode(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
+        block_tables: torch.Tensor,
         cache: KVCache,
-        length: int | None = None,
+        num_keys: int | None = None,
     ) -> torch.Tensor:
-        """Run one decode step for the first rows of the cache.
+        """Run one decode step: the reference of the kernels' decode step.
 
         Args:
-            tokens, positions: the newest token of each row and its position, int64 [rows].
-            length: number of cached keys to consider, above every position; by default all.
+            tokens: int64 [rows], the newest token of each sequence.
+            positions: int64 [rows], where they are; -1 is padding, whose logits are meaningless.
+            block_tables: int [rows, max_blocks].
+            num_keys: above every position; by default as many as fit the tables.
 
         Returns the logits of the next token, float32 [rows, initial_vocab + additional].
         """
-        embeds = self.decoder.embed(tokens)[:, None]
-        # On a CPU, reading the position costs nothing and saves the mask for a single row.
-        start = int(positions) if positions.device.type == "cpu" and len(positions) == 1 else None
-        hidden = self.decoder(
-            embeds, positions[:, None], cache, length or cache.max_length, start=start
-        )
-        return self.logits(hidden[:, 0])
+        num_keys = num_keys or block_tables.shape[1] * BLOCK_SIZE
+        window = self.config.decoder.window_keys
+        segment = decode_segment(positions, block_tables, num_keys, window, self.dtype)
+        return self.logits(self.forward(self.decoder.embed(tokens), [segment], cache))
 
-    @torch.inference_mode()
-    def score_continuations(
-        self, continuations: Sequence[Sequence[int]], start: int, row: int, cache: KVCache
-    ) -> list[torch.Tensor]:
-        """Compute the logits along several continuations of one row, in one pass.
+    def forward(
+        self, embeds: torch.Tensor, segments: Sequence[Segment], cache: KVCache
+    ) -> torch.Tensor:
+        """Run the decoder over a flat list of tokens, those of `segments` in order.
 
-        All continuations are written after the end of the row, which must have room for them, and
-        none attends to another. The row itself is unchanged.
-
-        Args:
-            continuations: token ids, at least one each.
-            start: length of the row.
-
-        Returns for each continuation float32 [its length, initial_vocab + additional]; row i holds
-        the logits of the token after its ids 0 to i.
+        Stores their keys and values. embeds: [tokens, width]. Returns the final hidden states, of
+        the same shape.
         """
-        device = self.device
-        ids = [token for tokens in continuations for token in tokens]
-        lengths = [len(tokens) for tokens in continuations]
-        positions, mask = _continuation_mask(
-            to_device(torch.tensor(lengths), device), start, self.config.decoder.window_keys
-        )
-        hidden = self.decoder(
-            self.embed_ids(ids)[None],
-            positions[None],
-            cache,
-            start + len(ids),
-            rows=to_device(torch.tensor([row]), device),
-            indices=(start + torch.arange(len(ids), device=device))[None],
-            mask=mask[None, None],
-        )
-        return list(self.logits(hidden[0]).split(lengths))
+        positions = torch.cat([segment.positions for segment in segments])
+        hidden: torch.Tensor = self.decoder(embeds, positions, PagedAttention(cache, segments))
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states [..., width] -> float32 logits [..., initial_vocab + additional]."""
         logits: torch.Tensor = self.decoder.lm_head(hidden)
         return logits.float()
-
-
-def _continuation_mask(
-    lengths: torch.Tensor, start: int, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and attention mask of several continuations of one prefix, side by side.
-
-    lengths: int64 [continuations]. start: length of the prefix.
-
-    Returns int64 [t] and bool [t, start + t] for the t tokens of all continuations: a token
-    attends to the prefix and to its own continuation up to itself, within the window.
-    """
-    device = lengths.device
-    owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-    first = (lengths.cumsum(0) - lengths)[owner]
-    positions = start + torch.arange(len(owner), device=device) - first
-    key_positions = torch.cat([torch.arange(start, device=device), positions])
-    distance = positions[:, None] - key_positions
-    prefix = owner.new_ones(len(owner), start).bool()
-    same_continuation = torch.cat([prefix, owner[:, None] == owner], dim=1)
-    return positions, same_continuation & (distance >= 0) & (distance < window)

@@ -1,92 +1,116 @@
-"""Decode steps: their rate against the bandwidth, and their logits against float32."""
+"""The decoder: a GPU's decode step against plain PyTorch and the bandwidth, and prefill."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from scripts.benchmarks.gpu.device import Device, Size
-from scripts.benchmarks.report import Row
-from xgenmm.config import DecoderConfig
-from xgenmm.kernels.cuda_graphs import build_decode_step
+from scripts.benchmarks.gpu.context import Context
+from scripts.benchmarks.gpu.figures import Figure
+from xgenmm.config import BLOCK_SIZE
+from xgenmm.kernels.cuda_graphs import CudaGraphRunner, cuda_capture, needed_buckets
+from xgenmm.kernels.decode_step import KernelDecodeStep
+from xgenmm.kernels.self_check import check_decode_step
+from xgenmm.models.attention import prompt_segment
+from xgenmm.models.kv_cache import KVCache
 from xgenmm.models.phi3 import Phi3Decoder
-from xgenmm.models.quantization import drift
-from xgenmm.models.xgenmm import XGenMM
 
-GOALS = {1: 88.0, 32: 70.0}  # percent of the bandwidth, by batch size
-
-Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""A decode step on a certain cache: tokens [batch], positions [batch], length -> logits."""
+CHECKED_BLOCKS = 300  # of the KV cache of a self check, which wants a few for each row
 
 
-def decoding(device: Device, model: XGenMM, size: Size, bandwidth: float) -> list[Row]:
-    """The rate of each batch size, and the share of the bandwidth that it uses."""
-    cache = model.cache(max(size.batches), size.context + size.tokens)
-    decode = build_decode_step(model, cache)
-
-    def step(tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        return decode(tokens, positions, cache, length)
-
-    rows = []
-    for batch in size.batches:
-        seconds = decode_seconds(device, step, batch, size)
-        read = _weight_bytes(model.decoder)
-        read += _cache_bytes(model.config.decoder, batch, size.context, device.dtype)
-        rows += [
-            Row("decode", f"batch {batch}, context {size.context}", batch / seconds, "tokens/s"),
-            Row(
-                "decode",
-                f"batch {batch}, of what the copy bandwidth allows",
-                100 * read / bandwidth / seconds,
-                "%",
-                at_least=GOALS.get(batch),
-            ),
-        ]
-    return rows
+@torch.inference_mode()
+def self_check(context: Context) -> Iterator[Figure]:
+    """Run the check that an engine makes before it serves."""
+    rows = max(context.size.batches)
+    cache = context.model.cache(CHECKED_BLOCKS)
+    max_blocks = -(-context.size.config.decoder.max_positions // BLOCK_SIZE)
+    started = time.perf_counter()
+    batch, step = _decode_step(context, cache, rows, max_blocks)
+    yield Figure("kernels and graphs", time.perf_counter() - started, "s")
+    result = check_decode_step(context.model, cache, batch, step, needed_buckets(rows))
+    yield Figure("duration", result.seconds, "s")
+    for check in result.batches:
+        details = {"% for keys and values": 100 * check.cache}
+        yield Figure(f"batch {check.rows}: drift of the logits", 100 * check.logits, "%", details)
 
 
-def decode_seconds(device: Device, step: Step, batch: int, size: Size) -> float:
-    """Seconds of a greedy step of `batch` rows around `size.context` positions.
+@torch.inference_mode()
+def decode(context: Context) -> Iterator[Figure]:
+    """Measure greedy decode steps of each batch size, whose tokens stay on the device."""
+    size, decoder = context.size, context.size.config.decoder
+    start, most = size.context - size.tokens // 2, max(size.batches)
+    blocks = -(-(start + size.tokens) // BLOCK_SIZE)
+    cache = context.model.cache(1 + most * blocks)
+    batch, step = _decode_step(context, cache, most, blocks)
+    tokens, positions, block_tables = batch
+    block_tables.copy_(torch.arange(1, cache.num_blocks).view(most, blocks))
 
-    Tokens stay on the device.
-    """
-    start = size.context - size.tokens // 2
+    def run(rows: int) -> None:
+        positions[:rows] = start
+        for _ in range(size.tokens):
+            tokens[:rows] = step(rows).argmax(-1)
+            positions[:rows] += 1
+        positions.fill_(-1)
 
-    def run() -> None:
-        tokens = torch.zeros(batch, dtype=torch.int64, device=device.device)
-        positions = torch.full_like(tokens, start)
-        for number in range(size.tokens):
-            tokens = step(tokens, positions, start + number + 1).argmax(-1)
-            positions += 1
+    for rows in size.batches:
+        seconds = context.device.seconds(partial(run, rows), size.rounds) / size.tokens
+        cached = 2 * rows * size.context * decoder.hidden_size * decoder.num_layers
+        read = _weight_bytes(context.model.decoder) + cached * context.device.dtype.itemsize
+        share = 100 * read / seconds / context.bandwidth
+        details = {"ms": 1e3 * seconds, "tokens/s": rows / seconds, "GB/s": read / seconds / 1e9}
+        yield Figure(f"batch {rows}: of the copy bandwidth", share, "%", details)
 
-    with torch.inference_mode():
-        return device.seconds(run, size.rounds) / size.tokens
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Tokens, positions and block tables."""
+
+
+def _decode_step(
+    context: Context, cache: KVCache, rows: int, max_blocks: int
+) -> tuple[Batch, Callable[[int], torch.Tensor]]:
+    """An idle batch and its decode step: by kernels or, on a CPU, the plain one."""
+    tokens = torch.zeros(rows, dtype=torch.int64, device=context.device.device)
+    block_tables = tokens.new_zeros(rows, max_blocks, dtype=torch.int32)
+    positions, model = torch.full_like(tokens, -1), context.model
+    batch = (tokens, positions, block_tables)
+    if context.device.cuda:
+        return batch, CudaGraphRunner(KernelDecodeStep(model, cache), *batch, cuda_capture()).decode
+    return batch, lambda rows: model.decode(
+        tokens[:rows], positions[:rows], block_tables[:rows], cache
+    )
 
 
 def _weight_bytes(decoder: Phi3Decoder) -> int:
     """Bytes of weights that a decode step must read: all but the embeddings."""
     state = decoder.state_dict()
-    tensors = (tensor for name, tensor in state.items() if "embed" not in name)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for name, tensor in state.items() if "embed" not in name)
 
 
-def _cache_bytes(config: DecoderConfig, batch: int, context: int, dtype: torch.dtype) -> int:
-    """Bytes of the key/value cache that a decode step must read."""
-    return 2 * config.num_layers * batch * context * config.hidden_size * dtype.itemsize
+@torch.inference_mode()
+def prefill(context: Context) -> Iterator[Figure]:
+    """Measure the prefill of one prompt in one pass, logits of the next token included."""
+    size, decoder = context.size, context.size.config.decoder
+    layers = context.model.decoder.model.layers
+    weights = sum(parameter.numel() for parameter in layers.parameters())
+    for length in size.prompts:
+        seconds = context.device.seconds(_prefill(context, length), size.rounds)
+        # Products with the weights, and half of the products of all queries with all keys.
+        flops = 2 * length * weights + 2 * length**2 * decoder.hidden_size * decoder.num_layers
+        share = 100 * flops / seconds / context.matmul_rate
+        details = {"% of a matrix product": share, "tokens/s": length / seconds}
+        yield Figure(f"{length} tokens", 1e3 * seconds, "ms", details)
 
 
-def correctness(device: Device, model: XGenMM, size: Size) -> list[Row]:
-    """The logits of a decode step against those of float32 with the same weights."""
-    torch.manual_seed(2)
-    length = size.context // 4
-    embeds = (torch.randn(length, size.config.decoder.hidden_size) * 0.02).to(device.device)
-    token = torch.tensor([5], device=device.device)
-    positions = torch.full_like(token, length)
-    logits = []
-    for dtype in (torch.float32, device.dtype):
-        model.to(dtype)
-        cache = model.cache(1, length + 1)
-        model.prefill([embeds.to(dtype)], cache)
-        step = build_decode_step(model, cache) if dtype == device.dtype else model.decode
-        logits.append(step(token, positions, cache, length + 1).clone())
-    error = drift(*logits).relative
-    return [Row("correctness", "logits against float32, relative", error, at_most=2e-2)]
+def _prefill(context: Context, length: int) -> Callable[[], torch.Tensor]:
+    """A function that prefills a prompt of this length and returns the next token."""
+    device, model, decoder = context.device, context.model, context.size.config.decoder
+    cache = model.cache(1 + -(-length // BLOCK_SIZE))
+    table = torch.arange(1, cache.num_blocks, device=device.device)
+    embeds = torch.randn(length, decoder.hidden_size, device=device.device).to(device.dtype)
+
+    def run() -> torch.Tensor:
+        segment = prompt_segment(0, length, table, decoder.window_keys, model.dtype)
+        return model.logits(model.forward(embeds, [segment], cache)[-1:]).argmax(-1)
+
+    return run

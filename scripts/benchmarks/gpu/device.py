@@ -1,39 +1,41 @@
-"""The device under test: how much is measured, timing and memory, and the device's own limits."""
+"""The device under test: how much is measured on it, timing and memory."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from scripts.benchmarks.random_data import TINY_CONFIG
-from scripts.benchmarks.report import Row
 from xgenmm.config import XGenMMConfig
+
+COLD_BYTES = 256 << 20
+"""Weights of this size are not in a GPU's cache (50 MB on an H100) when they are read again."""
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is measured.
 
-    batches: batch sizes of decode steps. context: positions. tokens: decode steps. text: tokens of
-    a question. image: (width, height). copy: bytes of the copy that measures the bandwidth.
-    matrix: side of the matrices that measure the arithmetic. rounds: of which the median counts.
+    batches: batch sizes of decode steps. context: positions of each row. tokens: of an answer.
+    prompts: lengths of prefilled prompts. text: tokens of a question. image: (width, height).
+    requests: at once. lengths: different prompt lengths. copy: bytes of the copy that measures the
+    bandwidth. matrix: side of the matrices that measure the arithmetic. rounds: of which the median
+    counts.
     """
 
     config: XGenMMConfig
     batches: tuple[int, ...]
     context: int
     tokens: int
+    prompts: tuple[int, ...]
     text: int
     image: tuple[int, int]
+    requests: int
+    lengths: int
     copy: int
     matrix: int
     rounds: int
-
-
-FULL = Size(XGenMMConfig(), (1, 8, 32, 64), 800, 64, 32, (1600, 1200), 2**31, 8192, 5)
-TINY = Size(TINY_CONFIG, (1, 3), 40, 4, 8, (80, 60), 2**20, 64, 2)
 
 
 class Device:
@@ -60,6 +62,23 @@ class Device:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
+    def launch_seconds(self, launches: Sequence[Callable[[], object]], rounds: int) -> float:
+        """The mean time of a launch, without that of the host: they are one CUDA graph on a GPU."""
+
+        def run() -> None:
+            for launch in launches:
+                launch()
+
+        work: Callable[[], object] = run
+        if self.cuda:
+            launches[0]()  # compiles
+            self.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            work = graph.replay
+        return self.seconds(work, rounds) / len(launches)
+
     def reset_peak_memory(self) -> None:
         """Start a new measurement of `peak_memory`."""
         if self.cuda:
@@ -69,23 +88,3 @@ class Device:
     def peak_memory(self) -> float:
         """The peak of device memory in GB since the last reset; 0 on a CPU."""
         return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
-
-
-def limits(device: Device, size: Size) -> tuple[float, float, list[Row]]:
-    """The device's bandwidth in bytes/s, its matrix product in FLOP/s, and both as rows.
-
-    A copied byte counts twice, as it is read and written.
-    """
-    source = torch.ones(size.copy, dtype=torch.uint8, device=device.device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * size.copy / device.seconds(lambda: target.copy_(source), size.rounds)
-    a, b = (
-        torch.randn(size.matrix, size.matrix, device=device.device, dtype=device.dtype)
-        for _ in range(2)
-    )
-    matmul_rate = 2 * size.matrix**3 / device.seconds(lambda: a @ b, size.rounds)
-    rows = [
-        Row("ceilings", "copy, read and written", bandwidth / 1e9, "GB/s"),
-        Row("ceilings", f"matrix product, {device.dtype}", matmul_rate / 1e12, "TFLOP/s"),
-    ]
-    return bandwidth, matmul_rate, rows

@@ -2,53 +2,48 @@
 
 import base64
 import json
-import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from pathlib import Path
+from importlib.util import find_spec
 
 import httpx
 
-from scripts.benchmarks.gpu.device import Device, Size
-from scripts.benchmarks.random_data import photo_jpeg, write_checkpoint
-from scripts.benchmarks.report import Row
+from scripts.benchmarks.gpu.context import Context
+from scripts.benchmarks.gpu.figures import Figure, Skipped
 from scripts.local_server import LocalServer, predict, serving
 
-CLIENTS = (1, 16, 64)
-LOAD_SECONDS = 300.0
+LOAD_SECONDS = 100.0
 UNLIMITED = httpx.Limits(max_connections=None)
 
 
-def server(device: Device, size: Size) -> list[Row]:
-    """Measure a random model of full size but for its vocabulary, which is that of the demo."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), size.config, device.device, device.dtype)
-        environment = {
-            "XGENMM_MODEL": folder,
-            "XGENMM_DEVICE": device.device.type,
-            "COG_MAX_CONCURRENCY": str(max(CLIENTS)),
-        }
-        with serving(environment) as local:
-            ready = local.wait_ready(LOAD_SECONDS)
-            setup = local.health()["setup"]
-            started, completed = (
-                datetime.fromisoformat(setup[name]) for name in ("started_at", "completed_at")
-            )
-            setup_seconds = (completed - started).total_seconds()
-            return [
-                Row("server", "process start to READY", ready, "s", at_most=12.0),
-                Row("server", "of that setup()", setup_seconds, "s", at_most=5.0),
-                *_request_rates(local, device, size),
-            ]
+def server(context: Context) -> Iterator[Figure]:
+    """Measure a server with as many predictions at once as the engine's stage has requests."""
+    if find_spec("cog") is None:
+        raise Skipped("cog is not installed")
+    environment = {
+        "XGENMM_MODEL": str(context.checkpoint),
+        "XGENMM_DEVICE": context.device.device.type,
+        "COG_MAX_CONCURRENCY": str(context.size.requests),
+    }
+    context.drop_model()  # the server needs the memory
+    with serving(environment) as local:
+        yield Figure("process start to READY", local.wait_ready(LOAD_SECONDS), "s")
+        setup = local.health()["setup"]
+        started, completed = (
+            datetime.fromisoformat(setup[name]) for name in ("started_at", "completed_at")
+        )
+        yield Figure("of that setup()", (completed - started).total_seconds(), "s")
+        yield from _request_rates(context, local)
 
 
-def _request_rates(local: LocalServer, device: Device, size: Size) -> list[Row]:
+def _request_rates(context: Context, local: LocalServer) -> Iterator[Figure]:
+    size = context.size
     images = [
-        f"data:image/jpeg;base64,{base64.b64encode(photo_jpeg(size.image, seed)).decode()}"
-        for seed in range(4)
+        f"data:image/jpeg;base64,{base64.b64encode(context.image(number)).decode()}"
+        for number in range(4)
     ]
-    rows = []
     with httpx.Client(base_url=local.url, timeout=None, limits=UNLIMITED) as client:
 
         def ask(number: int) -> None:
@@ -60,12 +55,10 @@ def _request_rates(local: LocalServer, device: Device, size: Size) -> list[Row]:
             predict(client, json.dumps({"input": inputs}).encode())
 
         ask(0)
-        for clients in CLIENTS:
-            count = 4 * clients if device.cuda else clients
+        for clients in (1, size.requests):
+            count = 4 * clients if context.device.cuda else clients
             started = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
                 list(pool.map(ask, range(count)))
             rate = count / (time.perf_counter() - started)
-            what = f"{clients} clients, {size.tokens} tokens an answer at most"
-            rows.append(Row("server", what, rate, "requests/s"))
-    return rows
+            yield Figure(f"{clients} clients on 4 images", rate, "requests/s")
