@@ -14,7 +14,7 @@ LAYERS = (
     {"kernels"},
     {"checkpoints"},
     {"engine"},
-    {"captioning", "evaluation", "vllm_plugin"},
+    {"captioning", "evaluation", "vllm_plugin", "doctor"},
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((ROOT / "xgenmm").rglob("*.py"))

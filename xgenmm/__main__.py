@@ -38,6 +38,7 @@ COMMANDS = {
         "check the size and sha256 of a checkpoint's files",
         *(CHECKPOINTS, "add_verify_arguments", "run_verify"),
     ),
+    "doctor": Command("check that this machine computes right and fast", "xgenmm.doctor"),
     "caption": Command("ask questions about every image of a dataset", "xgenmm.captioning.program"),
     "parity": Command(
         "compare this implementation with golden data of the original", "xgenmm.evaluation.parity"
