@@ -1,7 +1,7 @@
 """The part `golden`: golden cases through the engine, in one batch with other requests."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from scripts.benchmarks.report import Options, Row
@@ -17,17 +17,16 @@ FEW_BLOCKS = 7
 SEEDS = 3
 
 
-def golden(options: Options) -> list[Row]:
+def golden(options: Options) -> Iterator[Row]:
     """Compare token ids with those of the original implementation.
 
     Requests with other settings run in the same batch; their ids are compared with those that they
     get alone.
     """
     folders = golden_folders(options.golden)
-    rows = _compare(folders, 0, NUM_BLOCKS)
+    yield from _compare(folders, 0, NUM_BLOCKS)
     for seed in range(SEEDS):
-        rows += _compare(folders, seed, FEW_BLOCKS)
-    return rows
+        yield from _compare(folders, seed, FEW_BLOCKS)
 
 
 def _compare(folders: Sequence[Path], seed: int, num_blocks: int) -> list[Row]:
