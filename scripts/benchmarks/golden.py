@@ -6,13 +6,10 @@ from pathlib import Path
 
 from scripts.benchmarks.report import Options, Row
 from xgenmm import InputError
-from xgenmm.evaluation.engine_parity import NUM_BLOCKS, Comparison, check_engine
+from xgenmm.evaluation.engine_parity import Comparison, check_engine
 
 logger = logging.getLogger(__name__)
 
-
-FEW_BLOCKS = 7
-"""Hold the longest golden request and little more, so that requests are preempted all the time."""
 
 SEEDS = 3
 
@@ -24,21 +21,21 @@ def golden(options: Options) -> Iterator[Row]:
     get alone.
     """
     folders = golden_folders(options.golden)
-    yield from _compare(folders, 0, NUM_BLOCKS)
+    yield from _compare(folders, 0, few_blocks=False)
     for seed in range(SEEDS):
-        yield from _compare(folders, seed, FEW_BLOCKS)
+        yield from _compare(folders, seed, few_blocks=True)
 
 
-def _compare(folders: Sequence[Path], seed: int, num_blocks: int) -> list[Row]:
+def _compare(folders: Sequence[Path], seed: int, *, few_blocks: bool) -> list[Row]:
     compared, preemptions = list[Comparison](), 0
     for folder in folders:
-        results, count = check_engine(folder, seed, num_blocks)
+        results, count = check_engine(folder, seed, few_blocks=few_blocks)
         compared, preemptions = compared + results, preemptions + count
     for result in compared:
         if result.found != result.expected:
             logger.warning("%s: %s instead of %s", result.name, result.found, result.expected)
     rows = []
-    where = f"{num_blocks} blocks, {preemptions} preemptions"
+    where = f"{'few' if few_blocks else 'enough'} blocks, {preemptions} preemptions"
     for is_golden, what in ((True, "golden ids as the original's"), (False, "others as alone")):
         equal = [r.found == r.expected for r in compared if r.golden is is_golden]
         share = 100 * sum(equal) / len(equal)

@@ -7,13 +7,13 @@ from xgenmm.evaluation.engine_parity import check_engine
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "num_blocks", "preemptions"),
-    [("v15_anyres", 24, 1024, 0), ("v15_anyres", 24, 7, 30), ("v1_instruct", 5, 1024, 0)],
+    ("name", "count", "few_blocks", "preemptions"),
+    [("v15_anyres", 24, False, 0), ("v15_anyres", 24, True, 30), ("v1_instruct", 5, False, 0)],
 )
 def test_golden_ids_are_reproduced_in_a_mixed_batch(
-    name: str, count: int, num_blocks: int, preemptions: int
+    name: str, count: int, few_blocks: bool, preemptions: int
 ) -> None:
-    compared, preempted = check_engine(golden_data.folder(name), seed=5, num_blocks=num_blocks)
+    compared, preempted = check_engine(golden_data.folder(name), seed=5, few_blocks=few_blocks)
     assert sum(one.golden for one in compared) == count
     assert {one.name: one.found for one in compared} == {one.name: one.expected for one in compared}
     assert preempted >= preemptions

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from xgenmm.config import BLOCK_SIZE
 from xgenmm.engine.core import EngineCore
 from xgenmm.engine.engine_thread import EngineThread
 from xgenmm.engine.prompt_hashes import PromptHashes
@@ -77,14 +78,15 @@ class Comparison:
 
 
 def check_engine(
-    folder: Path, seed: int, num_blocks: int = NUM_BLOCKS
+    folder: Path, seed: int, *, few_blocks: bool = False
 ) -> tuple[list[Comparison], int]:
     """Run all requests of a golden folder at once, shuffled by `seed`.
 
     Each case gets three more requests with other settings. Their expected ids are those of
     `reference.generate`.
 
-    num_blocks: of the KV cache. With few of them, requests are preempted; returns how often.
+    few_blocks: whether the KV cache holds little more than the largest request, so that requests
+        are preempted; returns how often.
     """
     description = read_json_object(folder / "cases.json")
     model, rng = golden_model(folder, description), random.Random(seed)
@@ -103,6 +105,7 @@ def check_engine(
             planned.append((name, stage in case, ids, sink))
             requests.append(_engine_request(model, prompt, tiles, settings, sink))
     rng.shuffle(requests)
+    num_blocks = max(map(_largest_need, requests)) + 1 if few_blocks else NUM_BLOCKS
     core = EngineCore.build(
         model,
         end_ids,
@@ -128,6 +131,13 @@ def _golden_settings(
     yield "", SamplingParams(rng.randint(1, 40), temperature=rng.uniform(0.3, 2), seed=1)
     yield "", SamplingParams(rng.randint(1, 40), repetition_penalty=rng.uniform(1.1, 3))
     yield "", SamplingParams(rng.randint(1, 12), num_beams=2, repetition_penalty=1.5)
+
+
+def _largest_need(request: EngineRequest) -> int:
+    """The most blocks that a request may take: its beams share no more than the prompt."""
+    shared = request.num_prompt_tokens // BLOCK_SIZE
+    total = -(-(request.num_prompt_tokens + request.max_tokens) // BLOCK_SIZE)
+    return shared + request.num_seqs * (total - shared)
 
 
 def _engine_request(
