@@ -8,7 +8,8 @@ import pytest
 from tests.support.paths import ROOT
 
 LAYERS = (
-    {"config", "errors", "files"},
+    {"errors"},
+    {"config", "files"},
     {"preprocessing"},
     {"models"},
     {"kernels"},

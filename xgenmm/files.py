@@ -1,30 +1,101 @@
-"""Reading and writing small files without losing them or leaving them half-written.
+"""Reading files that may not be what they should be, and writing files that are never half-written.
 
-Shared by checkpoints, the tokenizer and datasets. Needs nothing but the standard library.
+Shared by checkpoints, the tokenizer and datasets.
 """
 
 import fcntl
+import io
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+import pydantic
+
+from xgenmm.errors import explain
+
+T = TypeVar("T")
+
+MAX_BYTES = 16 << 20  # of a file that is read whole; the released tokenizer.json has 1.8 MB
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: Path, max_bytes: int | None = None) -> io.BufferedReader:
+    """Open a file that came with a checkpoint or dataset, for reading.
+
+    Raises OSError if it cannot be opened (FileNotFoundError if it does not exist), and ValueError,
+    naming it, if it is not a regular file, is a link out of its folder, is a Git LFS pointer, or
+    has more than `max_bytes` bytes. Links into a cache of the Hugging Face hub are followed.
+    """
+    if path.is_symlink():
+        _check_link(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
+        raise ValueError(f"{path} is {kind}, but must be a regular file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise ValueError(f"{path} has {status.st_size:,} bytes, more than {max_bytes:,}")
+    file = path.open("rb")
+    if file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+        file.close()
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`, or download it"
+        )
+    return file
+
+
+def _check_link(path: Path) -> None:
+    try:
+        target = Path(os.path.realpath(path, strict=True))
+    except OSError as error:
+        raise ValueError(f"{path} is a broken link ({error.strerror})") from error
+    in_folder = target.is_relative_to(os.path.realpath(path.parent))
+    in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(
+        "models--"
+    )
+    if not (in_folder or in_hub_cache):
+        raise ValueError(
+            f"{path} is a link out of its folder, to {target}; copy the file, or link the folder "
+            "as a whole"
+        )
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a small file; raises as `open_file` does, with MAX_BYTES."""
+    with open_file(path, MAX_BYTES) as file:
+        return file.read(MAX_BYTES)
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Return the JSON in a file as a pydantic model or another type that pydantic validates.
+
+    Raises as `read_file` does, and ValueError that names the file, the field and what would be
+    right.
+    """
+    content = read_file(path)
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(content, strict=True)
+    except pydantic.ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            reason = error.errors()[0]["msg"].removeprefix("Invalid JSON: ")
+            raise ValueError(f"{path} is not valid JSON ({reason})") from error
+        raise ValueError(f"{path}: {explain(error)}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises OSError if the file cannot be read (FileNotFoundError if it does not exist), and
-    ValueError, naming the file, if it does not contain a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must contain a JSON object, not {type(content).__name__}")
-    return content
+    """Return the JSON object in a file; raises as `read_json` does."""
+    return read_json(path, dict[str, Any])
 
 
 def write_json(path: Path, content: object) -> None:

@@ -154,10 +154,11 @@ def test_index_that_contradicts_the_files_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "is not an index"),
-        ('{"weight_map": ["a"]}', "is not an index"),
-        ('{"weight_map": {"scale": "../model.safetensors"}}', "only .* beside it are read"),
-        ('{"weight_map": {"scale": "model.bin"}}', "only .* beside it are read"),
+        ("{", "is not valid JSON"),
+        ("{}", "weight_map is missing"),
+        ('{"weight_map": ["a"]}', r"weight_map is \['a'\], but should be an object"),
+        ('{"weight_map": {"scale": "../model.safetensors"}}', "should be a .* beside the index"),
+        ('{"weight_map": {"scale": "model.bin"}}', "should be a .* beside the index"),
     ],
 )
 def test_malformed_index_is_rejected(tmp_path: Path, index: str, message: str) -> None:

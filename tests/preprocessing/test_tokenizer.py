@@ -292,7 +292,7 @@ def test_tokenizer_model_is_also_looked_for_in_the_parent_folder(
     ("extra", "message"),
     [
         ({"<image>": 32007}, r"id 32007 is '<\|end\|>', so it cannot be '<image>'"),
-        ({"<image>": 500}, "id 500 is '<image>', but also"),
+        ({"<image>": 500}, "id 500 is '.*', so it cannot be '<image>'"),
         ({"<|end|>": 32012}, r"'<\|end\|>' is id 32007, but also id 32012"),
     ],
 )
@@ -304,26 +304,46 @@ def test_extra_tokens_that_contradict_the_files_are_rejected(
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("file", "content", "message"),
     [
-        ("tokenizer.model", "not a model"),
-        ("tokenizer_config.json", "{"),
-        ("tokenizer_config.json", "[]"),
+        ("tokenizer.model", "not a model", "is not a SentencePiece model"),
+        ("tokenizer.model", "version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+        ("tokenizer_config.json", "{", r"is not valid JSON \(EOF"),
+        ("tokenizer_config.json", "[]", "but should be an object"),
+        ("tokenizer_config.json", '{"eos_token": 7}', "eos_token.* is 7, but should be"),
         (
             "tokenizer_config.json",
-            '{"added_tokens_decoder": {"9": {"content": "x", "normalized": 1}}}',
+            '{"added_tokens_decoder": {"9": {"content": "x", "normalized": true}}}',
+            "added_tokens_decoder.9.normalized is True, but should be False",
         ),
+        ("added_tokens.json", '{"<|a|>": "7"}', r"<\|a\|> is '7', but should be a valid integer"),
+        ("added_tokens.json", '{"<|a|>": 32013}', "id 32013 is '<|a|>', so it cannot be '<image"),
+        ("added_tokens.json", '{"<|a|>": 40000}', "'<|a|>', but ids should be below 32012"),
     ],
 )
-def test_malformed_file_is_named_in_the_error(tmp_path: Path, file: str, content: str) -> None:
+def test_malformed_file_is_named_in_the_error(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(CHECKPOINT, folder)
     (folder / file).write_text(content)
-    with pytest.raises(ValueError, match=file if "x" not in content else "'x' is `normalized`"):
+    with pytest.raises(ValueError, match=rf"/{file}.*{message}"):
         Tokenizer.from_folder(folder, "slow", EXTRA)
 
 
-def test_malformed_tokenizer_json_is_named_in_the_error(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "unheard of"}}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a valid tokenizer description"):
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("model", {"type": "unheard of"}, "model.type is 'unheard of', but should be 'BPE'"),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a+)+"}}, ".* should be"),
+        ("pre_tokenizer", {"type": "Split"}, "pre_tokenizer.type is 'Split', but should be"),
+        ("added_tokens", [{"id": -1, "content": "a"}], r"added_tokens.0.id is -1, but should be"),
+    ],
+)
+def test_unsupported_tokenizer_json_is_named_in_the_error(
+    tmp_path: Path, part: str, value: object, message: str
+) -> None:
+    description = json.loads((CHECKPOINT / "tokenizer.json").read_text()) | {part: value}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=rf"/tokenizer\.json: {message}"):
         Tokenizer.from_folder(tmp_path, "fast", EXTRA)

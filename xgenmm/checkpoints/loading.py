@@ -7,18 +7,24 @@ Nothing here uses the network, runs code from a folder, or unpickles.
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xgenmm.errors import CheckpointError
-from xgenmm.files import read_json_object
+from xgenmm.checkpoints.manifest import format_size
+from xgenmm.errors import CheckpointError, listed, printable
+from xgenmm.files import open_file, read_json
 from xgenmm.models import quantization
 
 logger = logging.getLogger(__name__)
@@ -26,6 +32,8 @@ logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 BUFFER_BYTES = 4 * 2**20
 READERS = 4
+MAX_HEADER_BYTES = 16 << 20  # of a released file: less than 0.2 MB
+MAX_DIMENSIONS = 8
 
 _DTYPES = {
     "F64": torch.float64,
@@ -58,19 +66,19 @@ def parameter_files(folder: Path) -> list[Path]:
 
     Raises CheckpointError if there are none, or if files that the index names are missing.
     """
-    index = folder / INDEX
-    if not index.is_file():
+    listing = _weight_map(folder)
+    if listing is None:
         files = sorted(folder.glob("*.safetensors"))
         if files:
             return files
         pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; pickled files are never read: {', '.join(pickled)}" if pickled else ""
+        hint = f"; pickled files are never read: {listed(pickled)}" if pickled else ""
         raise CheckpointError(f"parameters: {folder} has no *.safetensors file{hint}")
-    names = sorted(set(_weight_map(index).values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+    names = sorted(set(listing.values()))
+    missing = [name for name in names if not os.path.lexists(folder / name)]
     if missing:
         raise CheckpointError(
-            f"parameters: {folder} lacks {', '.join(missing)}, listed in {INDEX}; "
+            f"parameters: {folder} lacks {listed(missing)}, listed in {INDEX}; "
             "download the checkpoint again"
         )
     return [folder / name for name in names]
@@ -79,8 +87,9 @@ def parameter_files(folder: Path) -> list[Path]:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the folder by name, in the order of files and offsets.
 
-    Reads the files' headers only. Raises CheckpointError, naming the file, if one is truncated or
-    corrupt, has an unsupported dtype, or contradicts the index or another file.
+    Reads the files' headers only. Raises CheckpointError, naming the file, if one is not a regular
+    file, is truncated or corrupt, has an unsupported dtype, or contradicts the index or another
+    file.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in parameter_files(folder):
@@ -88,17 +97,19 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if tensor.name in tensors:
                 other = tensors[tensor.name].path.name
                 raise CheckpointError(
-                    f"parameters: {path}: {tensor.name} is also in {other}; remove one of the two"
+                    f"parameters: {path}: {printable(tensor.name)} is also in {other}; remove one "
+                    "of the two"
                 )
             tensors[tensor.name] = tensor
-    index = folder / INDEX
-    if index.is_file():
+    listing = _weight_map(folder)
+    if listing is not None:
         found = {name: tensor.path.name for name, tensor in tensors.items()}
-        listed = _weight_map(index)
-        wrong = sorted(name for name in {**listed, **found} if listed.get(name) != found.get(name))
+        names = {**listing, **found}
+        wrong = sorted(name for name in names if listing.get(name) != found.get(name))
         if wrong:
             raise CheckpointError(
-                f"parameters: {index} and the files disagree on where these are: {', '.join(wrong)}"
+                f"parameters: {folder / INDEX} and the files disagree on where these are: "
+                f"{listed(wrong)}"
             )
     return tensors
 
@@ -159,23 +170,24 @@ def load_parameters(
     memory is the result, if it stays on the host, plus about READERS * BUFFER_BYTES. `quantize`, a
     key of `quantization.QUANTIZATIONS`, quantizes the decoder's linear layers while they are read.
 
-    Raises CheckpointError that names every missing, unexpected, mis-shaped and mis-typed tensor, or
-    the truncated or corrupt file; the model is then unchanged.
+    Raises CheckpointError that lists missing, unexpected, mis-shaped and mis-typed tensors, names
+    the truncated or corrupt file, or says that there is too little memory; the model is then
+    unchanged.
     """
     stored = stored_tensors(folder)
     wanted = model.state_dict()
     _check_fit(folder, stored, wanted)
     device = torch.device(device)
+    _check_memory(stored.values(), device, dtype, quantize)
     logger.info("reading %s", folder)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(READERS):
         buffers.put(new_buffer(pinned=device.type == "cuda"))
 
     def read(tensor: StoredTensor) -> dict[str, torch.Tensor]:
-        target = dtype if tensor.dtype.is_floating_point else tensor.dtype
         buffer = buffers.get()
         try:
-            values = read_tensor(tensor, buffer, target, device)
+            values = read_tensor(tensor, buffer, _target_dtype(tensor, dtype), device)
         finally:
             buffers.put(buffer)
         return quantization.quantized_state(tensor.name, values, quantize)
@@ -190,21 +202,36 @@ def load_parameters(
     model.load_state_dict(state, assign=True)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return {tensor name: file name} of an index file; file names must be in the same folder."""
+def _file_name(name: str) -> str:
+    """Refuse the name of a file that is not a safetensors file in the index's folder."""
+    if not re.fullmatch(r"[\w. -]{1,200}\.safetensors", name):
+        raise ValueError("should be a *.safetensors file beside the index")
+    return name
+
+
+class _Index(BaseModel):
+    """An index: which file each tensor is in."""
+
+    weight_map: Annotated[
+        dict[str, Annotated[str, AfterValidator(_file_name)]], Field(min_length=1)
+    ]
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Return {tensor name: file name} of a folder's index, or None if it has no index."""
+    if not os.path.lexists(folder / INDEX):
+        return None
+    with _file_errors():
+        return read_json(folder / INDEX, _Index).weight_map
+
+
+@contextmanager
+def _file_errors() -> Iterator[None]:
+    """Turn an error that `xgenmm.files` raises into a CheckpointError."""
     try:
-        files = read_json_object(index)["weight_map"]
-        names = set(files.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"parameters: {index} is not an index (JSON with a weight_map): {error!r}"
-        ) from error
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"parameters: {index} names {name!r}; only *.safetensors files beside it are read"
-            )
-    return dict(files)
+        yield
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"parameters: {error}") from error
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
@@ -212,24 +239,30 @@ def _read_header(path: Path) -> list[StoredTensor]:
 
     The library checks that they fill the file without gaps, so sizes give the offsets.
     """
+    with _file_errors(), open_file(path) as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
     try:
+        if header_bytes > MAX_HEADER_BYTES:
+            raise SafetensorError(f"its header has {header_bytes:,} bytes")
         with safe_open(path, framework="pt", backend="pread") as file:
             names = file.offset_keys()
             slices = [file.get_slice(name) for name in names]
             dtypes = [part.get_dtype() for part in slices]
             shapes = [tuple(part.get_shape()) for part in slices]
+        if any(len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= 2**63 for shape in shapes):
+            raise SafetensorError("the shape of a tensor is impossible")
     except SafetensorError as error:
         raise CheckpointError(
-            f"parameters: {path} is truncated or corrupt ({error}); delete it and download it again"
+            f"parameters: {path} is truncated or corrupt ({printable(error)}); delete it and "
+            "download it again"
         ) from error
     unsupported = sorted(set(dtypes) - _DTYPES.keys())
     if unsupported:
         raise CheckpointError(
-            f"parameters: {path} has tensors of type {', '.join(unsupported)}; supported are "
+            f"parameters: {path} has tensors of type {listed(unsupported)}; supported are "
             "float32, bfloat16 and float16 checkpoints"
         )
-    with path.open("rb") as opened:
-        offset = 8 + int.from_bytes(opened.read(8), "little")  # after the header and its length
+    offset = 8 + header_bytes
     tensors = []
     for name, code, shape in zip(names, dtypes, shapes, strict=True):
         dtype = _DTYPES[code]
@@ -261,12 +294,49 @@ def _check_fit(
         ],
     }
     lines = [
-        f"\n  {kind} ({len(found)}): {'; '.join(found)}"
+        f"\n  {kind} ({len(found)}): {listed(found, '; ')}"
         for kind, found in problems.items()
         if found
     ]
     if lines:
-        raise CheckpointError(f"parameters: {folder} does not fit the model:{''.join(lines)}")
+        raise CheckpointError(
+            f"parameters: the *.safetensors files of {folder} do not fit the model:{''.join(lines)}"
+        )
+
+
+def _check_memory(
+    tensors: Iterable[StoredTensor], device: torch.device, dtype: torch.dtype, quantize: str | None
+) -> None:
+    """Raise CheckpointError if the parameters as they are loaded exceed the available memory."""
+    needed = 0
+    for tensor in tensors:
+        values = torch.empty(tensor.shape, dtype=_target_dtype(tensor, dtype), device="meta")
+        state = quantization.quantized_state(tensor.name, values, quantize)
+        needed += sum(part.nbytes for part in state.values())
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise CheckpointError(
+            f"parameters: they take {format_size(needed)} as {quantize or dtype}, but only "
+            f"{format_size(available)} of memory are available on {device}; choose a smaller dtype "
+            "or quantize, or use a larger machine"
+        )
+
+
+def _target_dtype(tensor: StoredTensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.dtype.is_floating_point else tensor.dtype
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return the memory that can be had on a device, swap included; None if it is unknown."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch holds in reserve counts as available
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return sizes["MemAvailable"] + sizes["SwapFree"]
 
 
 def _same_kind(stored: torch.dtype, wanted: torch.dtype) -> bool:

@@ -5,24 +5,32 @@ Needs neither the network nor PyTorch.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from xgenmm.config import ConfigError, XGenMMConfig, from_json
-from xgenmm.errors import CheckpointError
+from xgenmm.errors import CheckpointError, printable
 from xgenmm.files import read_json_object
 
 CHECKOUT_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 CONVERTED = "-bf16"  # suffix of the folders that `xgenmm convert` writes
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+RepositoryId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """Expected contents of a checkpoint file: `size` in bytes, `sha256` in hexadecimal."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def find_release(name: str) -> Release:
         if name in release.names:
             return release
     raise CheckpointError(
-        f"model: {name!r} is neither a folder nor a known checkpoint; known are {', '.join(known)}"
+        f"model: {printable(name)!r} is neither a folder nor a known checkpoint; known are "
+        f"{', '.join(known)}"
     )
 
 
@@ -116,8 +125,9 @@ def resolve(name_or_folder: str | os.PathLike[str]) -> Path:
     message names the folders that were searched and the command that downloads it.
     """
     folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
-        return folder
+    with suppress(OSError):  # no name of a file is that long
+        if folder.is_dir():
+            return folder
     release = find_release(os.fspath(name_or_folder))
     found = folders_on_disk(release)
     if found:
@@ -137,7 +147,8 @@ def read_config(folder: Path) -> XGenMMConfig:
 
     If the folder has the name of a known checkpoint, that release supplies what its files do not
     state.
-    Raises CheckpointError if a JSON file is missing or broken, or is of another model.
+    Raises CheckpointError if a JSON file is missing or broken, is of another model, or has a value
+    that is impossible or contradicts another.
     """
     name = folder.resolve().name.removesuffix(CONVERTED)
     release = next((r.name for r in releases().values() if name in r.names), None)
@@ -156,5 +167,5 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"model: {path.parent} is not a checkpoint: it has no {path.name}"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"model: {error}") from error

@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 import torch
 
+from xgenmm.checkpoints.checks import check_sizes, read_tokenizer
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.config import BLOCK_SIZE, XGenMMConfig
@@ -20,7 +21,6 @@ from xgenmm.kernels.cuda_graphs import MAX_ROWS, DecodeMode, compile_kernels
 from xgenmm.models.quantization import check_quantization
 from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def load(
     config = read_config(folder)
     if config.demo:
         logger.warning("%s is a demonstration, not a released model", folder.name)
-    tokenizer = Tokenizer.from_folder(folder, config.text.convention, config.additional_ids)
+    tokenizer = read_tokenizer(folder, config)
+    check_sizes(config, folder)
     compiled_rows = 0 if target.type == "cpu" or decode == "plain" else max_num_seqs
     model = _load_model(config, folder, target, weights_dtype, quantize, compiled_rows)
     engine = Engine(

@@ -8,6 +8,7 @@ import sentencepiece
 from transformers import BatchEncoding
 from vllm.tokenizers import TokenizerLike
 
+from xgenmm.checkpoints.checks import read_tokenizer
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.config import XGenMMConfig
 from xgenmm.preprocessing.tokenizer import Tokenizer
@@ -36,8 +37,7 @@ class VllmTokenizer(TokenizerLike):
         """Read the tokenizer of a checkpoint folder."""
         folder = Path(path_or_repo_id)
         config = read_config(folder)
-        tokenizer = Tokenizer.from_folder(folder, config.text.convention, config.additional_ids)
-        return cls(tokenizer, config)
+        return cls(read_tokenizer(folder, config), config)
 
     @property
     def eos_token_id(self) -> int:
