@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from xgenmm.errors import CheckpointError
+
 
 class Command(NamedTuple):
     """A sub-command: its line in `xgenmm --help`, and where its two functions are.
@@ -66,7 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.description = subparser.description or module.DESCRIPTION
             subparser.set_defaults(run=getattr(module, command.run))
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except (CheckpointError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command resumes\n")
+        return 130
     return status
 
 

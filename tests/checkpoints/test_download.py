@@ -25,16 +25,22 @@ from tests.support.hub_repository import (
     repository,
 )
 from tests.support.hub_server import CHUNK, HubServer
+from xgenmm.checkpoints import hub as hub_client
 from xgenmm.checkpoints.download import download
 from xgenmm.checkpoints.registry import FileRecord, Release
 from xgenmm.errors import CheckpointError
 
-CLIENT_CHUNK = 10 * 2**20  # the hub client writes this many bytes at once
+PART = 10 * 2**20  # bytes sent before a connection breaks
 COMMAND = [sys.executable, "-m", "xgenmm", "download", NAME]
 
 
 def release(**files: FileRecord) -> Release:
     return Release(NAME, (REPO,), "apache-2.0", "for tests", None, files)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_client, "PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -170,11 +176,12 @@ def test_release_record_of_a_small_file_is_checked(hub: HubServer, root: Path) -
 
 def test_download_resumes_where_the_connection_was_cut(big_hub: HubServer, root: Path) -> None:
     size = len(big_hub.repos[REPO][BIG])
-    big_hub.faults.cut[BIG] = [CLIENT_CHUNK + 5, CLIENT_CHUNK + 5]
+    big_hub.faults.cut[BIG] = [PART + 5, PART + 5]
     download(release(), root, big_hub.url)
     assert_complete(root, big_hub)
-    assert size > 4 * CLIENT_CHUNK
-    assert ranges(big_hub, BIG) == [None, f"bytes={CLIENT_CHUNK}-", f"bytes={2 * CLIENT_CHUNK}-"]
+    assert size > 4 * PART
+    starts = [PART + 5, 2 * (PART + 5)]
+    assert ranges(big_hub, BIG) == [None, *(f"bytes={start}-" for start in starts)]
 
 
 def test_download_resumes_after_a_connection_reset(big_hub: HubServer, root: Path) -> None:
@@ -187,14 +194,14 @@ def test_download_resumes_after_a_connection_reset(big_hub: HubServer, root: Pat
 
 
 def test_lost_connection_keeps_the_received_part(big_hub: HubServer, root: Path) -> None:
-    big_hub.faults.cut[BIG] = [CLIENT_CHUNK, *([0] * 12)]
+    big_hub.faults.cut[BIG] = [PART, *([0] * 12)]
     with pytest.raises(CheckpointError, match=f"{BIG}: the connection was lost after 10485760 of"):
         download(release(), root, big_hub.url)
     assert not (root / NAME).exists()
     big_hub.faults.cut.clear()
     download(release(), root, big_hub.url)
     assert_complete(root, big_hub)
-    assert ranges(big_hub, BIG)[-1] == f"bytes={CLIENT_CHUNK}-"
+    assert ranges(big_hub, BIG)[-1] == f"bytes={PART}-"
 
 
 def test_partial_download_of_another_file_is_not_resumed(hub: HubServer, root: Path) -> None:
@@ -262,7 +269,7 @@ def test_download_killed_within_a_file_is_resumed_there(
     assert first is None
     assert second is not None
     start = int(second.removeprefix("bytes=").rstrip("-"))
-    assert start >= CLIENT_CHUNK
+    assert start >= PART
 
 
 def test_download_killed_before_its_last_step_is_completed(hub: HubServer, root: Path) -> None:

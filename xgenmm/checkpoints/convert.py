@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from xgenmm.checkpoints.loading import INDEX, StoredTensor, new_buffer, read_tensor, stored_tensors
 from xgenmm.checkpoints.manifest import (
     MANIFEST,
+    Manifest,
+    Records,
     find_problem,
     format_size,
     is_checkpoint_file,
     measure,
     read_if_present,
-    records_from_json,
     records_to_json,
     write_manifest,
 )
 from xgenmm.checkpoints.registry import CONVERTED, FileRecord
 from xgenmm.checkpoints.staging import check_free_disk, disk_full, staging_folder
 from xgenmm.errors import CheckpointError
-from xgenmm.files import sync, write_json
+from xgenmm.files import MAX_BYTES, open_file, sync, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ def convert(source: Path, shard_bytes: int = SHARD_BYTES) -> Path:
         for path in sorted(source.iterdir())
         if is_checkpoint_file(path.name) and path.name != INDEX and path.suffix != ".safetensors"
     ]
+    for path in copied:
+        _check_copy(path)
     shards = _split(list(tensors.values()), shard_bytes)
     with staging_folder(target) as staging:
         # Files from another source or another split cannot be reused.
@@ -66,13 +70,28 @@ def convert(source: Path, shard_bytes: int = SHARD_BYTES) -> Path:
             shutil.copyfile(path, staging / path.name)
         for path in [staging / INDEX, *(staging / path.name for path in copied)]:
             records[path.name] = measure(path)
-        manifest = read_if_present(source / MANIFEST)
-        origin = {key: manifest[key] for key in ("name", "repo", "revision") if key in manifest}
+        manifest = read_if_present(source / MANIFEST, Manifest)
+        origin = manifest.model_dump(exclude={"files"}, exclude_none=True) if manifest else {}
         write_manifest(staging, records, **origin, dtype="bfloat16")
         staging.rename(target)
     (target / PROGRESS).unlink()
     logger.info("%s: %s in bfloat16", target, format_size(total))
     return target
+
+
+class _Progress(BaseModel):
+    """Which files an earlier run has written, and the plan that they are part of."""
+
+    plan: dict[str, Any]
+    files: Records
+
+
+def _check_copy(path: Path) -> None:
+    """Raise CheckpointError if a file to be copied is not a regular one."""
+    try:
+        open_file(path, MAX_BYTES).close()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{error}; remove it") from error
 
 
 def _split(tensors: list[StoredTensor], shard_bytes: int) -> dict[str, list[StoredTensor]]:
@@ -94,8 +113,8 @@ def _write_shards(
     staging: Path, shards: Mapping[str, list[StoredTensor]], plan: Mapping[str, Any]
 ) -> dict[str, FileRecord]:
     """Write the files that an earlier run with the same plan did not; return all their records."""
-    progress = read_if_present(staging / PROGRESS)
-    done = records_from_json(progress["files"]) if progress.get("plan") == plan else {}
+    progress = read_if_present(staging / PROGRESS, _Progress)
+    done = progress.files if progress and progress.plan == plan else {}
     done = {n: record for n, record in done.items() if find_problem(staging / n, record) is None}
     for path in staging.iterdir():
         if path.name not in {*done, PROGRESS}:

@@ -6,37 +6,34 @@ machines to which that file is copied, get the same files.
 """
 
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import httpx
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
+from huggingface_hub import constants
+from pydantic import BaseModel
+
+from xgenmm.checkpoints.hub import (
+    Hub,
+    HubError,
+    Repository,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    WrongSizeError,
 )
-from huggingface_hub.file_download import http_get
-from huggingface_hub.hf_api import ModelInfo
-
 from xgenmm.checkpoints.manifest import (
+    Records,
     difference,
     format_size,
     is_checkpoint_file,
     measure,
     read_if_present,
-    records_from_json,
     records_to_json,
     write_manifest,
 )
-from xgenmm.checkpoints.registry import FileRecord, Release, resolve
+from xgenmm.checkpoints.registry import FileRecord, Release, RepositoryId, Revision, resolve
 from xgenmm.checkpoints.staging import check_free_disk, disk_errors, staging_folder
 from xgenmm.errors import CheckpointError
 from xgenmm.files import write_json
@@ -44,8 +41,16 @@ from xgenmm.files import write_json
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "releases.lock.json"
-HUB_TIMEOUT = 10.0  # seconds
 LARGE = 10**9  # bytes; verifying such a file takes seconds
+MAX_FILES = 1000  # of a repository, that belong to the checkpoint
+
+
+class Pin(BaseModel):
+    """What the lock file says about a release: the revision to download, and its files."""
+
+    repo: RepositoryId
+    revision: Revision
+    files: Records
 
 
 @dataclass(frozen=True)
@@ -86,103 +91,95 @@ def download(release: Release, root: Path, endpoint: str | None = None) -> Path:
         logger.info("%s is already in %s", release.name, target)
         return target
     root.mkdir(parents=True, exist_ok=True)
-    lock = read_if_present(root / LOCK_FILE)
-    pinned = lock.get(release.name, {})
-    info = _find_repository(release, pinned, endpoint)
-    files = _merge_records(release, _wanted_files(info), pinned)
+    lock = read_if_present(root / LOCK_FILE, dict[str, Pin]) or {}
+    pinned = lock.get(release.name)
+    hub = Hub(endpoint or constants.ENDPOINT)
+    repository = _find_repository(hub, release, pinned)
+    files = _merge_records(release, _wanted_files(repository), pinned)
     with staging_folder(target) as staging:
         present = _bytes_present(staging, files)
         total = sum(file.size for file in files)
         check_free_disk(staging, total - present)
         logger.info(
             "%s at %s: %d files, %s, of which %s are here already",
-            *(info.id, info.sha, len(files), format_size(total), format_size(present)),
+            *(repository.id, repository.sha, len(files), format_size(total), format_size(present)),
         )
-        records = {}
-        for file in files:
-            url = hf_hub_url(info.id, file.name, revision=info.sha, endpoint=endpoint)
-            records[file.name] = _fetch(url, file, staging)
+        records = {file.name: _fetch(hub, repository, file, staging) for file in files}
         for path in staging.iterdir():
             if path.name not in records:
                 path.unlink()
-        origin = {"repo": info.id, "revision": str(info.sha)}
+        origin = {"repo": repository.id, "revision": repository.sha}
         write_manifest(staging, records, name=release.name, **origin)
-        pin = {**origin, "files": records_to_json(records)}
-        write_json(root / LOCK_FILE, {**lock, release.name: pin})
+        kept = {name: pin.model_dump() for name, pin in lock.items()}
+        new = {**origin, "files": records_to_json(records)}
+        write_json(root / LOCK_FILE, {**kept, release.name: new})
         staging.rename(target)
     logger.info("%s is in %s; the sizes and digests of all files match", release.name, target)
     return target
 
 
-def _find_repository(
-    release: Release, pinned: Mapping[str, Any], endpoint: str | None
-) -> ModelInfo:
+def _find_repository(hub: Hub, release: Release, pinned: Pin | None) -> Repository:
     """Return the hub's description of the pinned revision, or of the newest revision of the
     first repository that exists."""
-    repos = (pinned["repo"],) if pinned else release.repos
-    denied: HfHubHTTPError | None = None
+    if constants.is_offline_mode():
+        raise CheckpointError(f"{release.name}: HF_HUB_OFFLINE is set; unset it to download")
+    repos = (pinned.repo,) if pinned else release.repos
+    revision = pinned.revision if pinned else None
+    denied: RepositoryNotFoundError | None = None
     for repo in repos:
         try:
-            return HfApi(endpoint=endpoint).model_info(
-                repo, revision=pinned.get("revision"), files_metadata=True, timeout=HUB_TIMEOUT
-            )
+            return hub.repository(repo, revision)
         except RepositoryNotFoundError as error:
             denied = denied or error
-        except OfflineModeIsEnabled as error:
-            raise CheckpointError(
-                f"{release.name}: HF_HUB_OFFLINE is set; unset it to download"
-            ) from error
         except RevisionNotFoundError as error:
             raise CheckpointError(
-                f"{release.name}: {repo} no longer has the revision {pinned['revision']}; "
+                f"{release.name}: {repo} no longer has the revision {revision}; "
                 f"remove {release.name} from {LOCK_FILE} to download the newest one"
             ) from error
-        except (httpx.HTTPError, ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
+        except HubError as error:
             raise CheckpointError(
-                f"{release.name}: no valid response from the hub at "
-                f"{endpoint or constants.ENDPOINT} ({reason}); check the network and HF_ENDPOINT, "
-                "then run the same command again"
+                f"{release.name}: no valid response from the hub at {hub.endpoint} ({error}); "
+                "check the network and HF_ENDPOINT, then run the same command again"
             ) from error
-    if isinstance(denied, GatedRepoError):
+    if denied is not None and denied.gated:
         advice = "accept its terms on its page and set HF_TOKEN"
     else:
         advice = "check HF_ENDPOINT, and HF_TOKEN if it is private"
     raise CheckpointError(
-        f"{release.name}: {endpoint or constants.ENDPOINT} gives no access to "
-        f"{' or '.join(repos)}; {advice}"
+        f"{release.name}: the hub at {hub.endpoint} gives no access to {' or '.join(repos)}; "
+        f"{advice}"
     ) from denied
 
 
-def _wanted_files(info: ModelInfo) -> list[HubFile]:
+def _wanted_files(repository: Repository) -> list[HubFile]:
     """Return the checkpoint's files in a repository, small ones first."""
-    files = [
-        HubFile(
-            name=sibling.rfilename,
-            size=sibling.size or 0,
-            sha256=sibling.lfs.sha256 if sibling.lfs else None,
-            blob_id=None if sibling.lfs else sibling.blob_id,
+    files = []
+    for listed in repository.siblings:
+        if not is_checkpoint_file(listed.rfilename):
+            continue
+        if listed.size is None:
+            raise CheckpointError(f"{repository.id}: the hub states no size of {listed.rfilename}")
+        sha256, blob_id = (listed.lfs.sha256, None) if listed.lfs else (None, listed.blobId)
+        files.append(HubFile(listed.rfilename, listed.size, sha256, blob_id))
+    if not any(file.name.endswith(".safetensors") for file in files):
+        raise CheckpointError(f"{repository.id} has no safetensors files, so it cannot be used")
+    if len(files) > MAX_FILES:
+        raise CheckpointError(
+            f"{repository.id} has {len(files):,} files, more than the {MAX_FILES:,} allowed"
         )
-        for sibling in info.siblings or ()
-        if is_checkpoint_file(sibling.rfilename)
-    ]
-    if info.sha is None or not any(file.name.endswith(".safetensors") for file in files):
-        raise CheckpointError(f"{info.id} has no safetensors files, so it cannot be used")
     return sorted(files, key=lambda file: (file.size, file.name))
 
 
-def _merge_records(
-    release: Release, stated: list[HubFile], pinned: Mapping[str, Any]
-) -> list[HubFile]:
+def _merge_records(release: Release, stated: list[HubFile], pinned: Pin | None) -> list[HubFile]:
     """Return the hub's files, with recorded digests where the hub states none.
 
     Raises CheckpointError if the hub's statements differ from a record.
     """
     files = {file.name: file for file in stated}
-    for source, records in (
-        ("releases.json", release.files),
-        (LOCK_FILE, records_from_json(pinned.get("files", {}))),
-    ):
+    sources: dict[str, Mapping[str, FileRecord]] = {"releases.json": release.files}
+    if pinned:
+        sources[LOCK_FILE] = pinned.files
+    for source, records in sources.items():
         for name, record in records.items():
             file = files.get(name)
             if file is None or file.size != record.size or file.sha256 not in (None, record.sha256):
@@ -205,7 +202,7 @@ def _bytes_present(staging: Path, files: list[HubFile]) -> int:
     )
 
 
-def _fetch(url: str, file: HubFile, staging: Path) -> FileRecord:
+def _fetch(hub: Hub, repository: Repository, file: HubFile, staging: Path) -> FileRecord:
     """Download a file, or the rest of it, into the staging folder; return its record.
 
     Raises CheckpointError if it is not what the hub states (it is then deleted), or if the
@@ -214,22 +211,27 @@ def _fetch(url: str, file: HubFile, staging: Path) -> FileRecord:
     path = staging / file.name
     if path.exists():
         problem, record = _verify_hub_file(path, file)
-        if problem is None:
+        if record is not None:
             return record
         path.unlink()
     part = staging / file.part_name
-    if file.blob_id is not None:
-        part.unlink(missing_ok=True)  # may be sent compressed, so byte ranges do not apply
     # Not `snapshot_download`: huggingface_hub 1.33 writes to a new temporary file on each call, so
     # a killed download of a 5 GB shard would start over.
     with disk_errors(part), part.open("ab") as out:
         if out.tell() > file.size:
             out.truncate(0)
-        _append_rest(url, file, out)
+        try:
+            hub.append(repository, file.name, file.size, out)
+        except WrongSizeError as error:
+            part.unlink()
+            raise CheckpointError(
+                f"{file.name}: it must have {file.size} bytes, but the hub sends more; it has been "
+                "deleted, run the same command again"
+            ) from error
         out.flush()
         os.fsync(out.fileno())
     problem, record = _verify_hub_file(part, file)
-    if problem is not None:
+    if record is None:
         part.unlink()
         raise CheckpointError(
             f"{file.name}: {problem}; it has been deleted, run the same command again"
@@ -238,45 +240,18 @@ def _fetch(url: str, file: HubFile, staging: Path) -> FileRecord:
     return record
 
 
-def _append_rest(url: str, file: HubFile, out: io.BufferedWriter) -> None:
-    """Append the rest of a file, reconnecting as long as each connection brings data."""
-    token = get_token()
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    while (start := out.seek(0, os.SEEK_END)) < file.size:
-        try:
-            http_get(
-                url,
-                out,
-                resume_size=start,
-                headers=headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
-        except HfHubHTTPError as error:
-            raise CheckpointError(f"{file.name}: the hub refuses to send it ({error})") from error
-        except httpx.TransportError as error:
-            received = out.seek(0, os.SEEK_END)
-            if received == start:
-                raise CheckpointError(
-                    f"{file.name}: the connection was lost after {received} of {file.size} bytes "
-                    f"({error}); run the same command again, it resumes"
-                ) from error
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            # The size is wrong; the verification that follows reports it.
-            return
-
-
-def _verify_hub_file(path: Path, file: HubFile) -> tuple[str | None, FileRecord]:
-    """Return what is wrong with a downloaded file, or None, and its record."""
+def _verify_hub_file(path: Path, file: HubFile) -> tuple[str | None, FileRecord | None]:
+    """Return what is wrong with a downloaded file, or else its record."""
     if file.size > LARGE:
         logger.info("verifying %s", file.name)
-    found = measure(path)
+    try:
+        found = measure(path)
+    except ValueError as error:
+        return str(error), None
     problem = difference(found, FileRecord(file.size, file.sha256 or found.sha256))
     if problem is None and file.blob_id is not None:
         content = path.read_bytes()
         blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         if blob_id != file.blob_id:
             problem = f"its git blob id is {blob_id}, must be {file.blob_id}"
-    return problem, found
+    return (None, found) if problem is None else (problem, None)

@@ -2,18 +2,50 @@
 
 import hashlib
 import logging
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from xgenmm.checkpoints.registry import FileRecord
+from pydantic import AfterValidator, BaseModel
+
+from xgenmm.checkpoints.registry import FileRecord, RepositoryId, Revision
 from xgenmm.errors import CheckpointError
-from xgenmm.files import read_json_object, write_json
+from xgenmm.files import open_file, read_json, write_json
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file is part of a checkpoint: no code, no pickles, nothing in subfolders."""
+    return name != MANIFEST and (
+        re.fullmatch(r"[A-Za-z0-9_.-]{1,200}\.(json|safetensors)", name) is not None
+        or name == "tokenizer.model"
+    )
+
+
+def _checkpoint_file(name: str) -> str:
+    if not is_checkpoint_file(name):
+        raise ValueError("should be the name of a file of a checkpoint")
+    return name
+
+
+Records = dict[Annotated[str, AfterValidator(_checkpoint_file)], FileRecord]
+
+
+class Manifest(BaseModel):
+    """The origin of a checkpoint folder, and the records of its files."""
+
+    name: str | None = None
+    repo: RepositoryId | None = None
+    revision: Revision | None = None
+    files: Records
 
 
 def verify(folder: Path, records: Mapping[str, FileRecord]) -> bool:
@@ -25,7 +57,8 @@ def verify(folder: Path, records: Mapping[str, FileRecord]) -> bool:
     # Needs PyTorch, which takes seconds to import; the rest of this module does not.
     from xgenmm.checkpoints.loading import stored_tensors
 
-    expected = {**records_from_json(read_if_present(folder / MANIFEST).get("files", {})), **records}
+    manifest = read_if_present(folder / MANIFEST, Manifest)
+    expected = {**(manifest.files if manifest else {}), **records}
     if not expected:
         raise CheckpointError(
             f"{folder}: cannot be verified: it has no {MANIFEST}, and releases.json has no record "
@@ -55,29 +88,25 @@ def write_manifest(
     write_json(folder / MANIFEST, {**origin, "files": records_to_json(records)})
 
 
-def is_checkpoint_file(name: str) -> bool:
-    """Whether a file is part of a checkpoint: no code, no pickles, nothing in subfolders."""
-    return (
-        Path(name).name == name
-        and name != MANIFEST
-        and (name.endswith((".json", ".safetensors")) or name == "tokenizer.model")
-    )
-
-
 def measure(path: Path) -> FileRecord:
-    """Return the record of an existing file."""
-    with path.open("rb") as file:
-        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    """Return the record of an existing file; raises as `open_file` does."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return FileRecord(size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def find_problem(path: Path, expected: FileRecord) -> str | None:
     """Return how a file differs from its record, or None."""
-    if not path.is_file():
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != expected.size:  # saves reading gigabytes
+            return difference(FileRecord(size, ""), expected)
+        return difference(measure(path), expected)
+    except FileNotFoundError:
         return "it is missing"
-    size = path.stat().st_size
-    if size != expected.size:  # saves reading gigabytes
-        return difference(FileRecord(size, ""), expected)
-    return difference(measure(path), expected)
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def difference(found: FileRecord, expected: FileRecord) -> str | None:
@@ -94,21 +123,16 @@ def records_to_json(records: Mapping[str, FileRecord]) -> dict[str, dict[str, An
     return {name: asdict(record) for name, record in sorted(records.items())}
 
 
-def records_from_json(records: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRecord]:
-    """Return records from the JSON objects of `records_to_json`."""
-    return {name: FileRecord(**record) for name, record in records.items()}
+def read_if_present(path: Path, kind: type[T]) -> T | None:
+    """Return what a JSON file contains that this package wrote, or None if there is no such file.
 
-
-def read_if_present(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that this package wrote, or {} if there is no such file.
-
-    Raises CheckpointError if it is not a JSON object.
+    Raises CheckpointError if it is something else.
     """
+    if not os.path.lexists(path):
+        return None
     try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
+        return read_json(path, kind)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{error}; delete it") from error
 
 

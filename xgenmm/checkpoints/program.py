@@ -1,10 +1,9 @@
 """The commands `xgenmm list`, `download`, `convert` and `verify`."""
 
 import argparse
-import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from xgenmm.checkpoints.manifest import format_size, verify
@@ -17,7 +16,6 @@ from xgenmm.checkpoints.registry import (
     weights_folder,
 )
 from xgenmm.checkpoints.staging import PARTIAL
-from xgenmm.errors import CheckpointError
 
 EXAMPLE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 
@@ -71,28 +69,12 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME|FOLDER", help="a checkpoint on this disk")
 
 
-def _command(command: Callable[[argparse.Namespace], bool]) -> Callable[[argparse.Namespace], int]:
-    """Turn a command that returns success into one that returns an exit status; print its log and
-    errors."""
-
-    @functools.wraps(command)
-    def run(options: argparse.Namespace) -> int:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-        logging.getLogger("xgenmm.checkpoints").setLevel(logging.INFO)
-        try:
-            return 0 if command(options) else 1
-        except (CheckpointError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted; the same command resumes", file=sys.stderr)
-            return 130
-
-    return run
+def _log_to_stdout() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("xgenmm.checkpoints").setLevel(logging.INFO)
 
 
-@_command
-def run_list(options: argparse.Namespace) -> bool:
+def run_list(options: argparse.Namespace) -> int:
     """Run `xgenmm list`."""
     print(f"{'name':<46}{'license':<15}{'parameters':<13}on this disk")
     for release in releases().values():
@@ -105,39 +87,39 @@ def run_list(options: argparse.Namespace) -> bool:
         print(f"{release.name:<46}{release.license:<15}{count:<13}{', '.join(found) or '-'}")
         print(f"    {release.description}")
     print(f"downloads go to {weights_folder()} (set XGENMM_HOME to use another folder)")
-    return True
+    return 0
 
 
 # Imports within functions: the hub's client and PyTorch would delay the other commands.
 
 
-@_command
-def run_download(options: argparse.Namespace) -> bool:
+def run_download(options: argparse.Namespace) -> int:
     """Run `xgenmm download`."""
     from xgenmm.checkpoints.download import download
 
+    _log_to_stdout()
     download(find_release(options.name), weights_folder())
-    return True
+    return 0
 
 
-@_command
-def run_convert(options: argparse.Namespace) -> bool:
+def run_convert(options: argparse.Namespace) -> int:
     """Run `xgenmm convert`."""
+    _log_to_stdout()
     source = _original_folder(options.name)
     from xgenmm.checkpoints.convert import convert
 
     convert(source)
-    return True
+    return 0
 
 
-@_command
-def run_verify(options: argparse.Namespace) -> bool:
+def run_verify(options: argparse.Namespace) -> int:
     """Run `xgenmm verify`, for all folders of a name."""
+    _log_to_stdout()
     folders = [resolve(options.name)]
     if not Path(options.name).is_dir():
         folders = folders_on_disk(find_release(options.name))
     passed = [verify(folder, _known_records(folder)) for folder in folders]
-    return all(passed)
+    return 0 if all(passed) else 1
 
 
 def _original_folder(name: str) -> Path:
