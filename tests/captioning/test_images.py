@@ -1,28 +1,34 @@
-"""Downloading images by URL; test_sources.py covers images in files."""
+"""Images of records: files that must not be opened or are too large, and downloads by URL."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.captioning.dataset import png
 from xgenmm import InputError
-from xgenmm.captioning.images import MAX_DOWNLOAD_BYTES, load_image
+from xgenmm.captioning.images import MAX_IMAGE_BYTES, load_image, start_download
 from xgenmm.captioning.records import Record
+from xgenmm.preprocessing.fetch import FetchLimits
 
 
-def test_images_are_downloaded_up_to_a_size_limit(
-    tmp_path: Path, file_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_is_downloaded(tmp_path: Path, file_server: str) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    assert load_image(Record("0", "", f"{file_server}/a.png")).size == (20, 20)
-    for url, message in (
-        (f"{file_server}/b.png", r"^image: http.*/b\.png returned HTTP 404"),
-        ("http://127.0.0.1:9/", r"^image: cannot fetch http"),
-        ("http://[", r"^image: cannot fetch http"),
+    record = Record("0", "", f"{file_server}/a.png")
+    assert load_image(record, start_download(record, FetchLimits())).size == (20, 20)
+    with pytest.raises(InputError, match="more than 10 bytes"):
+        load_image(record, start_download(record, FetchLimits(max_bytes=10)))
+
+
+def test_file_that_cannot_be_an_image_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")  # opening it would wait for a writer
+    (tmp_path / "large.png").write_bytes(png())
+    os.truncate(tmp_path / "large.png", MAX_IMAGE_BYTES + 1)
+    for path, message in (
+        (tmp_path / "fifo.png", r"fifo\.png' \(not a regular file\)$"),
+        (Path("/dev/zero"), r"/dev/zero' \(not a regular file\)$"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "large.png", "has 200000001 bytes, more than the 200000000 allowed"),
     ):
         with pytest.raises(InputError, match=message):
-            load_image(Record("0", "", url))
-    assert MAX_DOWNLOAD_BYTES > 1000
-    monkeypatch.setattr("xgenmm.captioning.images.MAX_DOWNLOAD_BYTES", 10)
-    with pytest.raises(InputError, match="more than 10 bytes"):
-        load_image(Record("0", "", f"{file_server}/a.png"))
+            load_image(Record("0", "", str(path)), None)

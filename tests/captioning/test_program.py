@@ -1,6 +1,8 @@
 """`xgenmm caption`: its rows, records that fail, and invalid options."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from PIL import Image
 
 import xgenmm
 from tests.captioning.dataset import NEW_TOKENS, caption, png, read_rows, write_images
+from tests.support.odd_server import Connection, odd_server
+from tests.support.paths import ROOT
 from xgenmm import Engine, Request, SamplingParams
 from xgenmm.captioning import program
 from xgenmm.models import quantization
@@ -84,11 +88,62 @@ def test_record_that_fails_gets_a_row_with_its_error(
     assert "9/9" in printed.err
 
 
+def test_ctrl_c_writes_the_answers_so_far(tmp_path: Path, checkpoint: Path) -> None:
+    write_images(tmp_path / "images", 2)
+    output = tmp_path / "out.jsonl"
+    with odd_server() as server:
+        server.answers["a"] = Connection.wait_closed
+        sources = ["images/000.png", server.url("a"), "images/001.png", server.url("a")]
+        table = tmp_path / "table.jsonl"
+        table.write_text("".join(json.dumps({"image": source}) + "\n" for source in sources))
+        command = [sys.executable, "-m", "xgenmm", "caption", str(table), "-o", str(output)]
+        command += ["--model", str(checkpoint), "--max-new-tokens", str(NEW_TOKENS)]
+        environment = os.environ | {"TQDM_MININTERVAL": "0"}  # show each row at once
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stderr is not None
+            progress = b""
+            while b" 2/4 " not in progress:
+                character = process.stderr.read(1)
+                assert character, progress
+                progress += character
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert b"Traceback" not in process.stderr.read()
+        assert [row["id"] for row in read_rows(output)] == ["0", "2"]
+        server.answers["a"] = lambda connection: connection.send(b"HTTP/1.1 404 No\r\n\r\n")
+        assert caption(table, output, checkpoint) == 0
+    assert [row["id"] for row in read_rows(output)] == ["0", "1", "2", "3"]
+
+
+def test_limits_of_downloads_are_options(
+    tmp_path: Path, checkpoint: Path, file_server: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "table.csv").write_text(f"image\n{file_server}/a.png\n")
+    for number, (option, error) in enumerate(
+        [
+            (("--download-bytes", "10"), "/a.png has more than 10 bytes"),
+            (("--download-seconds", "1e-6"), "/a.png takes longer than 1e-06 s"),
+            (
+                ("--public-addresses-only",),
+                "/a.png leads to 127.0.0.1, which has no public address",
+            ),
+        ]
+    ):
+        output = tmp_path / str(number)
+        assert caption(tmp_path / "table.csv", output, checkpoint, *option) == 0
+        assert read_rows(output)[0]["error"] == f"image: {file_server}{error}"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--temperature", "3"), "temperature: must be a number from 0.0 to 2.0, not 3.0"),
         (("--shard-rows", "0"), "shard-rows: must be at least 1, not 0"),
+        (("--download-bytes", "0"), "download-bytes: must be at least 1, not 0"),
+        (("--download-seconds", "nan"), "download-seconds: must be above 0, not nan"),
         (("--template", "{"), "template: "),
         (("--model", "nobody"), "model: 'nobody' is neither a folder"),
         (("--device", "abacus"), "device: 'abacus' is not a device"),

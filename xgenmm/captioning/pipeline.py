@@ -7,18 +7,20 @@ when needed, because they import PyTorch, which processes that only read images 
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import islice
-from threading import BoundedSemaphore
+from queue import SimpleQueue
+from threading import BoundedSemaphore, Thread
 from typing import TYPE_CHECKING, TypeVar
 
 import xgenmm
-from xgenmm.captioning.images import load_image
+from xgenmm.captioning.images import load_image, start_download
 from xgenmm.captioning.records import Record, Row
 from xgenmm.config import XGenMMConfig
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.errors import InputError
+from xgenmm.preprocessing.fetch import FetchLimits
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class CaptionTask:
-    """How to answer each record, and the engine to use (see `xgenmm.load`)."""
+    """How to answer each record, the engine to use (see `xgenmm.load`), and limits of downloads."""
 
     model: str
     device: str | None = None
@@ -46,6 +48,7 @@ class CaptionTask:
     quantize: str | None = None
     system_prompt: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    limits: FetchLimits = field(default_factory=FetchLimits)
 
     def load(self) -> "Engine":
         """Load the engine. Raises as `xgenmm.load` does."""
@@ -59,12 +62,18 @@ class CaptionTask:
         )
 
 
-def preprocess_record(record: Record, config: XGenMMConfig) -> TiledImage | str:
-    """Return a record's image in tiles, or the error of a record that cannot be used."""
+def preprocess_record(
+    record: Record, config: XGenMMConfig, download: Future[bytes] | None
+) -> TiledImage | str:
+    """Return a record's image in tiles, or the error of a record that cannot be used.
+
+    download: what `images.start_download` returned.
+    """
     if record.error is not None:
         return record.error
     try:
-        return tile_image(load_image(record), config.tiling, config.vision.image_size)
+        image = load_image(record, download)
+        return tile_image(image, config.tiling, config.vision.image_size)
     except InputError as error:
         return str(error)
 
@@ -112,8 +121,11 @@ def caption_in_process(
     reading = BoundedSemaphore(2 * (os.cpu_count() or 1))  # bounds the memory of decoded images
 
     def answer(record: Record) -> list[Row]:
+        download = start_download(record, task.limits)
+        if download is not None:
+            wait([download])  # before `reading`, so that slow servers do not delay other images
         with reading:
-            image = preprocess_record(record, engine.config)
+            image = preprocess_record(record, engine.config, download)
         return answer_record(engine, task, record, image)
 
     return map_in_threads(answer, records, RECORDS_PER_SEQ * engine.max_num_seqs)
@@ -122,14 +134,35 @@ def caption_in_process(
 def map_in_threads(
     function: Callable[[Item], list[Row]], items: Iterable[Item], threads: int
 ) -> Iterator[list[Row]]:
-    """Yield `function(item)` of each item in order of completion, taking items only as needed."""
-    remaining, running = iter(items), set[Future[list[Row]]]()
-    with ThreadPoolExecutor(threads) as pool:
+    """Yield `function(item)` of each item in order of completion, taking items only as needed.
+
+    The threads are daemons: a caller that stops early, or a program that is interrupted, does not
+    wait for the items in progress.
+    """
+    started, finished = SimpleQueue[Item | None](), SimpleQueue[Future[list[Row]]]()
+
+    def work() -> None:
+        while (item := started.get()) is not None:
+            result: Future[list[Row]] = Future()
+            try:
+                result.set_result(function(item))
+            except BaseException as error:
+                result.set_exception(error)
+            finished.put(result)
+
+    remaining, running, pool = iter(items), 0, list[Thread]()
+    try:
         while True:
-            free = threads - len(running)
-            running |= {pool.submit(function, item) for item in islice(remaining, free)}
+            for item in islice(remaining, threads - running):
+                started.put(item)
+                running += 1
             if not running:
                 return
-            completed, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in completed:
-                yield future.result()
+            while len(pool) < running:
+                pool.append(Thread(target=work, daemon=True))
+                pool[-1].start()
+            yield finished.get().result()
+            running -= 1
+    finally:
+        for _ in pool:
+            started.put(None)

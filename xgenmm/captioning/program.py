@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields
 from itertools import chain
@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from xgenmm.captioning.pipeline import CaptionTask, caption_in_process
 from xgenmm.captioning.ray_pipeline import caption_with_ray
-from xgenmm.captioning.records import Record, Row
+from xgenmm.captioning.records import Record, Row, escape_surrogates
 from xgenmm.captioning.shards import Shards, open_shards
 from xgenmm.captioning.sources import count_records, read_records
 from xgenmm.captioning.templates import escape_template
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 from xgenmm.errors import CheckpointError, EngineError, InputError
+from xgenmm.preprocessing.fetch import FetchLimits
 
 DESCRIPTION = """\
 Ask the same questions about every image of a dataset.
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ray", metavar="ADDRESS", help="run on a Ray cluster; local: start one on this machine")
     add("--actors", type=int, help="engines with --ray; default: one per GPU, else per CPU core")
     add("--system-prompt", help="default: the one used in training")
+    _add_download_arguments(parser)
     _add_sampling_arguments(parser)
 
 
@@ -92,6 +94,40 @@ def run(options: argparse.Namespace) -> int:
         print("stopped; give the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _add_download_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each limit of a download that users may want to change."""
+    limits = FetchLimits()
+    parser.add_argument(
+        "--download-seconds",
+        type=float,
+        default=limits.seconds,
+        help=f"longest time for an image at a URL; default: {limits.seconds:g}",
+    )
+    parser.add_argument(
+        "--download-bytes",
+        type=int,
+        default=limits.max_bytes,
+        help=f"largest image at a URL; default: {limits.max_bytes}",
+    )
+    parser.add_argument(
+        "--public-addresses-only",
+        action="store_true",
+        help="refuse URLs that lead to this machine or its network",
+    )
+
+
+def _download_limits(options: argparse.Namespace) -> FetchLimits:
+    if options.download_bytes < 1:
+        raise InputError("download-bytes", f"must be at least 1, not {options.download_bytes}")
+    if not options.download_seconds > 0:  # also refuses NaN
+        raise InputError("download-seconds", f"must be above 0, not {options.download_seconds}")
+    return FetchLimits(
+        seconds=options.download_seconds,
+        max_bytes=options.download_bytes,
+        private_addresses=not options.public_addresses_only,
+    )
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +163,7 @@ def _caption(options: argparse.Namespace) -> None:
         options.quantize,
         options.system_prompt,
         sampling,
+        _download_limits(options),
     )
     caption_question = read_config(resolve(task.model)).text.caption_question
     templates = options.templates or [escape_template(caption_question)]
@@ -139,7 +176,8 @@ def _caption(options: argparse.Namespace) -> None:
         pending = shards.pending(read_records(options.input, templates, options.image_column))
         rows = _caption_records(task, pending, options.ray, options.actors)
         written, errors = _write(shards, rows, options.output.name, count, len(templates))
-    print(f"{options.output}: {written} new rows, {errors} with an error")
+    output = escape_surrogates(str(options.output))
+    print(f"{output}: {written} new rows, {errors} with an error")
 
 
 def _settings(
@@ -160,7 +198,7 @@ def _settings(
 
 def _caption_records(
     task: CaptionTask, records: Iterator[Record], address: str | None, num_actors: int | None
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row]]:
     first = next(records, None)
     if first is None:
         return  # without loading an engine
@@ -168,25 +206,32 @@ def _caption_records(
     if address is not None:
         yield from caption_with_ray(task, records, address, num_actors)
     else:
-        with closing(task.load()) as engine:
-            yield from caption_in_process(engine, task, records)
+        engine = task.load()
+        yield from caption_in_process(engine, task, records)
+        engine.close()  # not after Ctrl-C: it would finish the answers in progress
 
 
 def _write(
-    shards: Shards, rows: Iterator[list[Row]], title: str, num_records: int, num_questions: int
+    shards: Shards, rows: Generator[list[Row]], title: str, num_records: int, num_questions: int
 ) -> tuple[int, int]:
     """Add rows to `shards`, showing a progress bar; return the number of rows and of errors."""
     written = errors = 0
-    with tqdm(
-        desc=title,
-        total=num_records * num_questions,
-        initial=len(shards.images) * num_questions,
-        unit="row",
-        dynamic_ncols=True,
-    ) as progress:
-        for record_rows in rows:
-            shards.add(record_rows)
-            written += len(record_rows)
-            errors += sum(row.error is not None for row in record_rows)
-            progress.update(len(record_rows))
+    with (
+        tqdm(
+            desc=title,
+            total=num_records * num_questions,
+            initial=len(shards.images) * num_questions,
+            unit="row",
+            dynamic_ncols=True,
+        ) as progress,
+        closing(rows),
+    ):
+        try:
+            for record_rows in rows:
+                shards.add(record_rows)
+                written += len(record_rows)
+                errors += sum(row.error is not None for row in record_rows)
+                progress.update(len(record_rows))
+        finally:
+            shards.flush()  # before `rows` is closed, which takes Ray seconds
     return written, errors

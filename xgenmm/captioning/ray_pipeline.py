@@ -7,13 +7,16 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
+from xgenmm.captioning.images import start_download
 from xgenmm.captioning.pipeline import (
     MAX_NUM_SEQS,
     RECORDS_PER_SEQ,
@@ -25,10 +28,14 @@ from xgenmm.captioning.pipeline import (
 from xgenmm.captioning.records import Record, Row
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.errors import InputError
+from xgenmm.preprocessing.fetch import FetchLimits
 from xgenmm.preprocessing.tiling import TiledImage
 
 RECORDS_PER_BLOCK = 32
 """Records that a task reads, and an actor receives, at a time."""
+
+DOWNLOADS_PER_TASK = 8
+"""Images that a task downloads at a time. Each may need the memory that limits allow."""
 
 BLOCKS_PER_ACTOR = RECORDS_PER_SEQ * MAX_NUM_SEQS // RECORDS_PER_BLOCK
 """Blocks that an actor works on at once, so that no sequence is idle when one block ends."""
@@ -129,9 +136,9 @@ def preprocess_block(block: Any, task: CaptionTask) -> Any:
     import pyarrow
 
     config = read_config(resolve(task.model))
-    rows = []
-    for record in block["record"].to_pylist():
-        image = preprocess_record(_parse_record(record), config)
+    rows: list[dict[str, Any]] = []
+    for record, download in _start_downloads(block["record"].to_pylist(), task.limits):
+        image = preprocess_record(_parse_record(record), config, download)
         if isinstance(image, str):
             rows.append({"record": record, "error": image})
         else:
@@ -158,6 +165,18 @@ def preprocess_block(block: Any, task: CaptionTask) -> Any:
         }
     )
     return pyarrow.Table.from_pylist(rows, schema)
+
+
+def _start_downloads(
+    records: Sequence[str], limits: FetchLimits
+) -> Iterator[tuple[str, Future[bytes] | None]]:
+    """Yield each record, in JSON, with its download; the next ones are in progress already."""
+    downloads = deque[Future[bytes] | None]()
+    for number, record in enumerate(records):
+        while len(downloads) < min(DOWNLOADS_PER_TASK, len(records) - number):
+            following = records[number + len(downloads)]
+            downloads.append(start_download(_parse_record(following), limits))
+        yield record, downloads.popleft()
 
 
 class CaptionActor:

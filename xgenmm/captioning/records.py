@@ -47,3 +47,20 @@ def escape_surrogates(text: str) -> str:
     They come from file names that are not valid UTF-8, and from JSON.
     """
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+class UniqueIds:
+    """Makes ids distinct: a second `a` becomes `a#2`, or `a#3` if there was an `a#2` before."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def add(self, id_: str) -> str:
+        """Return `id_`, with a number if it was returned before."""
+        unique, number = id_, self._numbers.get(id_, 1)
+        while unique in self._numbers:
+            number += 1
+            unique = f"{id_}#{number}"
+        self._numbers[id_] = number
+        self._numbers.setdefault(unique, 1)
+        return unique

@@ -5,6 +5,8 @@ interrupted run can be continued with the records whose rows are missing.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
@@ -13,11 +15,21 @@ from typing import IO, Any
 
 from xgenmm.captioning.records import Record, Row, escape_surrogates
 from xgenmm.captioning.tables import import_pyarrow
+from xgenmm.captioning.untrusted import (
+    check_regular,
+    open_file,
+    parse_json_object,
+    read_lines,
+    shorten,
+)
 from xgenmm.errors import InputError
-from xgenmm.files import atomic_write, lock_folder, read_json_object, write_json
+from xgenmm.files import atomic_write, lock_folder, write_json
 
 SETTINGS_FILE = "_settings.json"
 """What the shards were made with. Readers of Parquet folders ignore names that begin with `_`."""
+
+MAX_SETTINGS_BYTES = 2**24
+MAX_ROW_BYTES = 2**28
 
 
 class Shards:
@@ -34,11 +46,20 @@ class Shards:
         self._shard_rows = shard_rows
         self._rows: list[Row] = []
         self._next_number = 0
-        read_images = _read_parquet_images if format_ == "parquet" else _read_jsonl_images
-        for path in folder.glob(f"part-*.{format_}"):
-            self.images.update(read_images(path))
-            number = int(path.stem.removeprefix("part-"))
-            self._next_number = max(self._next_number, number + 1)
+        if format_ == "parquet":
+            import_pyarrow()  # now, so that a missing package is not noticed after a thousand rows
+        rows_per_record: int | None = None
+        for path in sorted(folder.glob(f"part-*.{format_}")):
+            with _naming(path):
+                self._next_number = max(self._next_number, _shard_number(path) + 1)
+                pairs = list(_read_jsonl(path) if format_ == "jsonl" else _read_parquet(path))
+                counts = Counter(id_ for id_, _ in pairs)
+                rows_per_record = rows_per_record or next(iter(counts.values()), None)
+                if set(counts.values()) != {rows_per_record}:
+                    raise ValueError("it is empty, or some of the rows of a record are missing")
+                if repeated := self.images.keys() & counts:
+                    raise ValueError(f"another shard has rows of {shorten(min(repeated))} too")
+                self.images |= pairs
 
     def add(self, rows: Sequence[Row]) -> None:
         """Add all rows of one record."""
@@ -53,8 +74,11 @@ class Shards:
             return
         write = _write_parquet if self._format == "parquet" else _write_jsonl
         path = self._folder / f"part-{self._next_number:05}.{self._format}"
-        with atomic_write(path) as file:
-            write(file, self._rows)
+        try:
+            with atomic_write(path) as file:
+                write(file, self._rows)
+        except OSError as error:
+            raise InputError("OUTPUT", f"cannot write {path} ({error})") from error
         self._rows = []
         self._next_number += 1
 
@@ -114,23 +138,45 @@ def open_shards(
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of a new OUTPUT, or compare those of an existing one."""
     path = folder / SETTINGS_FILE
-    has_other_files = any(file != path for file in folder.iterdir())
-    if has_other_files and not path.exists():
+    names = {file.name for file in folder.iterdir()}
+    if names and SETTINGS_FILE not in names:
         raise InputError("OUTPUT", f"{folder} contains other files; choose another folder")
-    if not has_other_files:  # a lone settings file is left by a run without a complete shard
+    if names <= {SETTINGS_FILE}:  # a lone settings file is left by a run without a complete shard
         write_json(path, settings)
     try:
-        saved = read_json_object(path)
-    except ValueError as error:
-        raise InputError("OUTPUT", f"{error}; choose another OUTPUT") from error
+        with open_file(path) as file:
+            saved = parse_json_object(file.read(MAX_SETTINGS_BYTES))
+    except (OSError, ValueError) as error:
+        problem = f"{path}: {shorten(str(error))}; choose another OUTPUT"
+        raise InputError("OUTPUT", problem) from error
     current = json.loads(json.dumps(settings))  # with lists for tuples, as in the file
     for name, value in current.items():
         if saved.get(name) != value:
+            was, is_ = shorten(repr(saved.get(name))), shorten(repr(value))
             raise InputError(
                 "OUTPUT",
-                f"{folder} was made with {name} {saved.get(name)!r}, not {value!r}; choose another "
-                "OUTPUT, or use the same settings to continue this one",
+                f"{folder} was made with {name} {was}, not {is_}; choose another OUTPUT, or use "
+                "the same settings to continue this one",
             )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a shard into one that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "OUTPUT",
+            f"{path} is damaged or not a shard of this program ({shorten(str(error))}); delete it "
+            "to have its records answered again, or choose another OUTPUT",
+        ) from error
+
+
+def _shard_number(path: Path) -> int:
+    if not (match := re.fullmatch(r"part-([0-9]{5,9})", path.stem)):
+        raise ValueError("its name has no number")
+    return int(match[1])
 
 
 def _cells(row: Row) -> dict[str, Any]:
@@ -157,14 +203,32 @@ def _write_parquet(file: IO[bytes], rows: Sequence[Row]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist([_cells(row) for row in rows], schema), file)
 
 
-def _read_jsonl_images(path: Path) -> dict[str, str]:
-    """Return the image of each record in a shard, by its id."""
-    with path.open("rb") as file:
-        return {row["id"]: row["image"] for row in map(json.loads, file)}
+def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the id and the image of each row in a shard. Raises OSError or ValueError."""
+    with open_file(path) as file:
+        for number, line in enumerate(read_lines(file, MAX_ROW_BYTES), 1):
+            try:
+                row = parse_json_object(line or b"")
+                yield _text(row.get("id")), _text(row.get("image"))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
 
 
-def _read_parquet_images(path: Path) -> dict[str, str]:
-    """Return the image of each record in a shard, by its id."""
-    parquet = import_pyarrow()[1]
-    table = parquet.read_table(path, columns=["id", "image"])
-    return dict(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
+def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the id and the image of each row in a shard. Raises OSError or ValueError."""
+    pyarrow, parquet = import_pyarrow()
+    check_regular(path)
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = file.read(columns=["id", "image"]).to_pylist()
+            yield from ((_text(row["id"]), _text(row["image"])) for row in rows)
+    except KeyError as error:
+        raise ValueError(f"it has no column {error}") from error
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"an id or image is not a text but {shorten(repr(value))}")
+    return value

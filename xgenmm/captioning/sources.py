@@ -3,16 +3,21 @@
 Listing opens no image; `images.load_image` does that later, for one record at a time.
 """
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
 from xgenmm.captioning.images import IMAGE_SUFFIXES
-from xgenmm.captioning.records import Record, escape_surrogates
+from xgenmm.captioning.records import Record, UniqueIds, escape_surrogates
 from xgenmm.captioning.tables import TABLE_READERS, read_table
 from xgenmm.captioning.templates import Columns, add_questions, template_columns
+from xgenmm.captioning.untrusted import shorten
 from xgenmm.captioning.webdataset import read_tars
 from xgenmm.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def count_records(source: str, templates: Sequence[str], column: str) -> int:
@@ -22,7 +27,7 @@ def count_records(source: str, templates: Sequence[str], column: str) -> int:
     that `templates` or `column` name.
     """
     count, names, first = 0, set[str](), None
-    for record, columns in _list(source, column):
+    for record, columns in _list(source, column, _used(templates)):
         first = first or record
         count += 1
         names |= columns.keys()
@@ -32,12 +37,11 @@ def count_records(source: str, templates: Sequence[str], column: str) -> int:
         problem = str(first.error).removeprefix("INPUT: ")
         raise InputError("INPUT", f"no row of {source} can be read; the first error is: {problem}")
     required = [("image-column", column)]
-    required += [("template", name) for t in templates for name in template_columns(t)]
+    required += [("template", name) for name in sorted(_used(templates))]
     for option, name in required:
         if name not in names:
-            raise InputError(
-                option, f"{source} has no column {name!r}; it has {', '.join(sorted(names))}"
-            )
+            existing = shorten(", ".join(sorted(names)))
+            raise InputError(option, f"{source} has no column {name!r}; it has {existing}")
     return count
 
 
@@ -51,11 +55,16 @@ def read_records(source: str, templates: Sequence[str], column: str) -> Iterator
         column: name of the image column. In a table it holds URLs, or paths relative to the table's
             folder; in a folder or tar, the path of the image within it.
     """
-    for record, columns in _list(source, column):
+    for record, columns in _list(source, column, _used(templates)):
         yield add_questions(record, columns, templates)
 
 
-def _list(source: str, column: str) -> Iterator[tuple[Record, Columns]]:
+def _used(templates: Sequence[str]) -> frozenset[str]:
+    """The columns that templates name."""
+    return frozenset(name for template in templates for name in template_columns(template))
+
+
+def _list(source: str, column: str, used: frozenset[str]) -> Iterator[tuple[Record, Columns]]:
     path = Path(source).absolute()  # Ray's workers have another working directory
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
@@ -69,7 +78,7 @@ def _list(source: str, column: str) -> Iterator[tuple[Record, Columns]]:
     if path.suffix not in TABLE_READERS:
         suffixes = ", ".join(TABLE_READERS)
         raise InputError("INPUT", f"{source} is not a table ({suffixes}), a .tar file or a folder")
-    return read_table(path, column)
+    return read_table(path, column, used)
 
 
 def _match_tars(pattern: Path) -> tuple[Path, list[Path]]:
@@ -80,10 +89,29 @@ def _match_tars(pattern: Path) -> tuple[Path, list[Path]]:
     return root, sorted(root.glob(str(pattern.relative_to(root))))
 
 
+def _image_files(folder: Path) -> list[Path]:
+    """Return all image files below a folder, sorted. Links to folders are not followed."""
+    folders, files = [folder], list[Path]()
+    while folders:  # not recursive: folders may be nested more deeply than Python's calls
+        current = folders.pop()
+        try:
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    path = current / entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                    elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                        files.append(path)
+        except OSError as error:
+            logger.warning("skipping a folder that cannot be listed: %s", shorten(str(error)))
+    return sorted(files)
+
+
 def _read_folder(folder: Path, column: str) -> Iterator[tuple[Record, Columns]]:
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    for path in sorted(path for path in paths if path.is_file()):
+    ids = UniqueIds()
+    for path in _image_files(folder):
         name = path.relative_to(folder).as_posix()
         image = escape_surrogates(name)
         error = None if image == name else "image: the file name is not valid UTF-8; rename it"
-        yield Record(image, image, "" if error else str(path), error=error), {column: image}
+        record = Record(ids.add(image), image, "" if error else str(path), error=error)
+        yield record, {column: image}

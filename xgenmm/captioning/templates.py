@@ -32,7 +32,12 @@ def add_questions(record: Record, columns: Columns, templates: Sequence[str]) ->
     if record.error or missing:
         error = f"template: this row has no column {', '.join(map(repr, missing))}"
         return replace(record, questions=tuple(templates), error=record.error or error)
-    return replace(record, questions=tuple(_fill(template, columns) for template in templates))
+    try:
+        questions = tuple(_fill(template, columns) for template in templates)
+    except RecursionError:
+        error = "template: the value of a column is nested too deeply"
+        return replace(record, questions=tuple(templates), error=error)
+    return replace(record, questions=questions)
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
@@ -60,4 +65,6 @@ def _fill(template: str, columns: Columns) -> str:
 def _as_text(value: Any) -> str:
     if value is None:
         return ""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)  # Parquet also has times, bytes
+    return str(value)

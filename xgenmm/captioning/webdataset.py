@@ -1,17 +1,19 @@
 """WebDataset tars as INPUT: the files of a sample share a key, e.g. `0.jpg`, `0.txt`, `0.json`."""
 
-import json
+import io
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from xgenmm.captioning.images import IMAGE_SUFFIXES
-from xgenmm.captioning.records import Record, escape_surrogates
+from xgenmm.captioning.records import Record, UniqueIds, escape_surrogates
 from xgenmm.captioning.templates import Columns
+from xgenmm.captioning.untrusted import check_regular, parse_json_object, shorten
+
+MAX_HEADER_BYTES = 2**16
+MAX_TEXT_BYTES = 2**24
 
 
 def read_tars(root: Path, paths: Sequence[Path], column: str) -> Iterator[tuple[Record, Columns]]:
@@ -21,31 +23,81 @@ def read_tars(root: Path, paths: Sequence[Path], column: str) -> Iterator[tuple[
     """
     for path in paths:
         name = path.relative_to(root).as_posix()
-        key_counts = Counter[str]()
+        ids = UniqueIds()
         try:
-            with tarfile.open(path, "r:") as tar:
-                files = (member for member in tar if member.isreg())
-                for key, members in groupby(files, lambda member: _split(member.name)[0]):
-                    key_counts[key] += 1
-                    repeat = f"#{key_counts[key]}" if key_counts[key] > 1 else ""
-                    record, columns = _read_sample(tar, list(members), column)
-                    id_ = escape_surrogates(f"{name}/{key}{repeat}")
+            check_regular(path)
+            with (
+                _TarFile(io.FileIO(path)) as file,
+                tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar,
+            ):
+                for key, members in _samples(tar, file):
+                    record, columns = _read_sample(path, file, members, column)
+                    id_ = ids.add(escape_surrogates(f"{name}/{key}"))
                     yield replace(record, id=id_), {"key": key, **columns}
-        except (tarfile.TarError, OSError) as error:
+        except Exception as error:  # tarfile raises many kinds on damaged headers
             # The rest of this tar is skipped; the tars after it are still read.
-            message = f"INPUT: {path} is damaged or not a tar file ({error}); the rest is skipped"
-            yield Record(f"{name}/", "", "", error=message), {}
+            reason = shorten(str(error))
+            message = f"INPUT: {path} is damaged or not a tar file ({reason}); the rest is skipped"
+            yield Record(ids.add(escape_surrogates(f"{name}/")), "", "", error=message), {}
+
+
+class _TarFile(io.BufferedReader):
+    """Refuses the huge and negative reads that a hostile header makes `tarfile` ask for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+    def read_range(self, offset: int, size: int) -> bytes:
+        self.seek(offset)
+        return super().read(size)
+
+
+def _samples(tar: tarfile.TarFile, file: _TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    """Yield the key and the members of each sample: neighbors of one key, no two of one name.
+
+    The members before a damaged header are yielded before its error is raised.
+    """
+    key, members, extensions = "", list[tarfile.TarInfo](), set[str]()
+    try:
+        for member in _members(tar, file):
+            member_key, extension = _split(member.name)
+            if members and (member_key != key or extension in extensions):
+                yield key, members
+                members, extensions = [], set()
+            key = member_key
+            members.append(member)
+            extensions.add(extension)
+    except Exception:
+        if members:
+            yield key, members
+        raise
+    if members:
+        yield key, members
+
+
+def _members(tar: tarfile.TarFile, file: _TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield all members but folders. Raises many kinds of errors for damaged headers."""
+    for member in tar:
+        if member.size < 0:  # tarfile would read it again for ever
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        if not member.isdir():
+            yield member
+    # tarfile takes a damaged header for the end, unless it is the first.
+    if file.read_range(tar.offset, tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {tar.offset}")
 
 
 def _split(name: str) -> tuple[str, str]:
     """Split a member's path into key and extension, at the first dot of the file name."""
-    folder, _, file = name.rpartition("/")
+    folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+    return f"{folder}{slash}{stem}", extension.lower()
 
 
 def _read_sample(
-    tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo], column: str
+    path: Path, file: _TarFile, members: Sequence[tarfile.TarInfo], column: str
 ) -> tuple[Record, Columns]:
     """Return the record, still without an id, and the columns of one sample."""
     columns: dict[str, Any] = {}
@@ -54,30 +106,50 @@ def _read_sample(
         extension = _split(member.name)[1]
         if extension in ("txt", "json"):
             try:
-                columns |= _parse_columns(extension, _read_member(tar, member))
+                columns |= _parse_columns(extension, _read_member(file, member))
             except ValueError as error:
-                message = f"INPUT: cannot read {member.name} ({error})"
-                return Record("", "", "", error=message), {column: ""}
+                return _invalid(f"INPUT: {_name(member)} is {error}"), {column: ""}
         elif image is None and f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES:
             image = member
     if image is None:
-        message = f"image: the sample of {members[0].name} has no image"
-        return Record("", "", "", error=message), columns
+        return _invalid(f"image: the sample of {_name(members[0])} has no image"), columns
     columns[column] = image.name
+    if not _is_plain(image):
+        return _invalid(f"image: {_name(image)} is a link, sparse or not a file"), columns
     name = escape_surrogates(image.name)
-    return Record("", name, str(tar.name), image.offset_data, image.size), columns
+    return Record("", name, str(path), image.offset_data, image.size), columns
+
+
+def _invalid(error: str) -> Record:
+    return Record("", "", "", error=error)
+
+
+def _name(member: tarfile.TarInfo) -> str:
+    return shorten(escape_surrogates(member.name))
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether the content of a member is a byte range of the tar."""
+    return member.isreg() and not member.issparse()
 
 
 def _parse_columns(extension: str, content: bytes) -> Columns:
-    """Return the columns in a sample's .txt or .json. Raises ValueError."""
-    if extension == "txt":
+    """Return the columns in a sample's .txt or .json. Raises ValueError, see `_read_member`."""
+    if extension == "json":
+        return parse_json_object(content)
+    try:
         return {"txt": content.decode()}
-    columns = json.loads(content)
-    if not isinstance(columns, dict):
-        raise ValueError(f"it must contain a JSON object, not {type(columns).__name__}")
-    return columns
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 ({error})") from error
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return file.read() if file else b""
+def _read_member(file: _TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return a member's content. Raises ValueError; its message continues "NAME is ..."."""
+    if not _is_plain(member):
+        raise ValueError("a link, sparse or not a file")
+    if member.size > MAX_TEXT_BYTES:
+        raise ValueError(f"longer than the {MAX_TEXT_BYTES} bytes allowed")
+    content = file.read_range(member.offset_data, member.size)
+    if len(content) < member.size:
+        raise ValueError("cut short")
+    return content
