@@ -37,7 +37,7 @@ from cog import (
 )
 
 import xgenmm
-from cog_compat import prediction_future
+from cog_compat import dismiss, prediction_future, watch_worker
 from xgenmm import Engine, InputError, Request, SamplingParams
 from xgenmm.engine.engine import GPU_MEMORY_UTILIZATION
 from xgenmm.engine.sampling_params import MOST_BEAMS
@@ -66,6 +66,15 @@ class Predictor(BasePredictor):
         InputError for a setting that is out of range.
         """
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        self._watchdog = watch_worker()
+        try:
+            self._load()
+        except Exception:
+            if self._watchdog is not None:
+                dismiss(self._watchdog)  # the server stays to report why setup failed
+            raise
+
+    def _load(self) -> None:
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
         self.timeout = _setting("XGENMM_TIMEOUT", float)
         # Freeze imported objects so that garbage collection does not stall streams (for 0.2 s).

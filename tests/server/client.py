@@ -19,6 +19,8 @@ EXAMPLES: list[dict[str, Any]] = json.loads((EXAMPLES_FOLDER / "questions.json")
 ONE_IMAGE = [example for example in EXAMPLES if len(example["images"]) == 1]
 TWO_IMAGES = [example for example in EXAMPLES if len(example["images"]) == 2]
 SECONDS = 120.0
+ENDLESS: dict[str, Any] = {"question": "Talk.", "max_new_tokens": 2048}
+"""With the checkpoint `endless`, the answer has the maximum length."""
 METRICS = {
     "prompt_tokens",
     "image_tokens",

@@ -10,32 +10,14 @@ import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from safetensors.torch import load_file, save_file
 
-from tests.server.client import METRICS, SECONDS, ask, cancel, streamed, until_output
-from tests.support.paths import DEMO
+from tests.server.client import ENDLESS, METRICS, SECONDS, ask, cancel, streamed, until_output
 from tests.support.server import Event, LocalServer, events, serving
 
-ENDLESS: dict[str, Any] = {"question": "Talk.", "max_new_tokens": 2048}
 MAX_CONCURRENCY = 4
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint, changed so that it never generates an end token."""
-    folder = tmp_path_factory.mktemp("endless")
-    for file in DEMO.glob("*.*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    parameters = load_file(folder / "model.safetensors")
-    for token in json.loads((folder / "added_tokens.json").read_text()).values():
-        if token < len(parameters["vlm.lang_model.lm_head.bias"]):
-            parameters["vlm.lang_model.lm_head.bias"][token] = -1e4
-    save_file(parameters, folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_error_names_a_url_that_cannot_be_read(server: LocalServer, file_server:
 def test_error_without_weights_says_which_command_downloads_them(tmp_path: Path) -> None:
     # A copy of the code alone, as in an image that was built before the weights were there.
     shutil.copytree(ROOT / "xgenmm", tmp_path / "xgenmm")
-    for name in ("predict.py", "cog_compat.py", "openapi.json", "scripts/serve"):
+    for name in ("predict.py", "cog_compat.py", "watchdog.py", "openapi.json", "scripts/serve"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     environment = {"XGENMM_MODEL": "", "XGENMM_HOME": str(tmp_path / "weights")}
