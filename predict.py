@@ -41,6 +41,7 @@ from cog_compat import dismiss, prediction_future, watch_worker
 from xgenmm import Engine, InputError, Request, SamplingParams
 from xgenmm.engine.engine import GPU_MEMORY_UTILIZATION
 from xgenmm.engine.sampling_params import MOST_BEAMS
+from xgenmm.preprocessing.decoders import ImageDecoders
 from xgenmm.preprocessing.prompts import parse_messages
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
@@ -57,6 +58,7 @@ class Predictor(BasePredictor):
     """One checkpoint, loaded once, that serves as many predictions at once as Cog admits."""
 
     engine: Engine
+    decoders: ImageDecoders
     timeout: float | None
 
     def setup(self) -> None:
@@ -89,6 +91,9 @@ class Predictor(BasePredictor):
             gpu_memory_utilization=_setting("XGENMM_MEMORY", float) or GPU_MEMORY_UTILIZATION,
             decode=os.environ.get("XGENMM_DECODE") or "auto",
         )
+        config = self.engine.config
+        self.decoders = ImageDecoders(config.tiling, config.vision.image_size)
+        self.decoders.start()
         self.engine.warm_up()
         # Cog has no shutdown hook; its worker process exits after the last prediction.
         atexit.register(self.engine.close)
@@ -218,7 +223,10 @@ class Predictor(BasePredictor):
 
         sources: input name and file of each image, see `_sources`.
         """
-        images = [self.engine.preprocess_image(file.read_bytes(), name) for name, file in sources]
+        read = self.decoders.reader()
+        images = [
+            self.engine.preprocess_image(file.read_bytes(), name, read) for name, file in sources
+        ]
         answer = self.engine.stream(replace(request, images=images))
         prediction.add_done_callback(lambda _: answer.cancel())
         try:

@@ -10,14 +10,17 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from cog import CancelationException
 
 import xgenmm
 from predict import Predictor
+from xgenmm.config import XGenMMConfig
 from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.errors import EngineError, InputError
+from xgenmm.preprocessing.decoders import ImageDecoders
 
 WAIT = 10.0
 INPUTS: dict[str, Any] = {
@@ -68,6 +71,8 @@ class BrokenAnswer(SilentAnswer):
 class Engine:
     """Returns one prepared answer and records its requests and load arguments."""
 
+    config = XGenMMConfig()
+
     def __init__(self, answer: SilentAnswer | None = None) -> None:
         self.answer = answer or SilentAnswer()
         self.requests: list[xgenmm.Request] = []
@@ -100,6 +105,7 @@ def predictor(monkeypatch: pytest.MonkeyPatch, engine: Engine, **settings: str) 
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(xgenmm, "load", engine.load)
+    monkeypatch.setattr("predict.ImageDecoders", create_autospec(ImageDecoders))
     made = Predictor()
     made.setup()
     return made

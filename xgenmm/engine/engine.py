@@ -6,7 +6,7 @@ Knows nothing about Cog or HTTP. An `EngineThread` does the work for many reques
 import hashlib
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -104,15 +104,19 @@ class Engine:
         weakref.finalize(self, self._thread.close)
 
     def preprocess_image(
-        self, image: bytes | Image.Image | TiledImage, name: str = "image"
+        self,
+        image: bytes | Image.Image | TiledImage,
+        name: str = "image",
+        read: Callable[[bytes, str], Image.Image | TiledImage] = read_image,
     ) -> TiledImage:
         """Tile an image for a request. May be called from any thread.
 
         image: an encoded file (the tiles of recent ones are cached), upright RGB, or tiles, which
             are returned as they are.
         name: the image's name in error messages.
+        read: decodes a file that is not cached, see `ImageDecoders.reader`.
 
-        Raises InputError as `read_image` does.
+        Raises InputError as `read` does.
         """
         if isinstance(image, TiledImage):
             return image
@@ -121,7 +125,7 @@ class Engine:
         key = hashlib.sha256(image).digest()
         tiles = self._tiles.get(key)
         if tiles is None:
-            tiles = self.preprocess_image(read_image(image, name))
+            tiles = self.preprocess_image(read(image, name))
             self._tiles.put(key, tiles)
         return tiles
 

@@ -57,12 +57,16 @@ def read_image(
         _check_size(image, name)
         try:
             image.load()
+            orientation = _orientation(image)
+            rgb = _to_rgb(image)
+        except MemoryError as error:
+            raise InputError(
+                name, f"the {image.format} file takes too much memory to decode; make it smaller"
+            ) from error
         except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
             raise InputError(
                 name, f"the {image.format} file is damaged or cut short ({error}); send it again"
             ) from error
-        orientation = _orientation(image)
-        rgb = _to_rgb(image)
     if orientation in _UPRIGHT_TRANSFORM:
         rgb = rgb.transpose(_UPRIGHT_TRANSFORM[orientation])
     rgb.info.clear()  # an orientation left here would be applied a second time
