@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from xgenmm.errors import InputError
-from xgenmm.preprocessing.images import MAX_PIXELS, read_image
+from xgenmm.preprocessing.images import MAX_PIXELS, MAX_SCANS, read_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION = 0x0112
@@ -260,6 +260,18 @@ def test_truncated_file_is_rejected(file_format: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     file = encoded(Image.fromarray(noise), file_format)
     assert "damaged" in error_message(file[: int(len(file) * share)])
+
+
+@pytest.mark.parametrize(("scans", "allowed"), [(MAX_SCANS, True), (MAX_SCANS + 1, False)])
+def test_number_of_jpeg_scans_is_limited(scans: int, allowed: bool) -> None:
+    file = encoded(two_colours(), "JPEG", progressive=True)
+    last = file.rindex(b"\xff\xda")
+    repeats = scans - file.count(b"\xff\xda")
+    file = file[:last] + file[last:-2] * repeats + file[last:]
+    if allowed:
+        assert read_image(file).size == (8, 4)
+    else:
+        assert "101 scans, more than 100" in error_message(file)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about damaged TIFF files

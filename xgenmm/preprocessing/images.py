@@ -12,10 +12,14 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from xgenmm.errors import InputError
 
 MAX_PIXELS = 64_000_000
+
+MAX_SCANS = 100
+"""Most scans of a JPEG file, each of which takes time for all pixels; encoders write about 10."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 
@@ -55,6 +59,7 @@ def read_image(
     with _open(source, name) as file:
         image = _read_header(file, name)
         _check_size(image, name)
+        _check_scans(image, file, name)
         try:
             image.load()
             orientation = _orientation(image)
@@ -114,6 +119,18 @@ def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width} x {height} pixels, more")
+
+
+def _check_scans(image: Image.Image, file: BinaryIO, name: str) -> None:
+    if not isinstance(image, JpegImageFile):
+        return
+    file.seek(0)
+    scans = file.read().count(b"\xff\xda")  # coded pixels do not contain a marker
+    if scans > MAX_SCANS:
+        raise InputError(
+            name,
+            f"the JPEG file has {scans} scans, more than {MAX_SCANS}; save it again",
+        )
 
 
 def _too_large(name: str, size: str) -> InputError:
