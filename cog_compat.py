@@ -1,58 +1,144 @@
-"""What Cog 0.23 does not do by itself: cancel streams, and end when the worker has died.
+"""What Cog 0.23 does not do by itself, for as long as it does not.
 
-Each part says when it can be removed; tests/test_cog_compat.py fails when that is the case.
+- A stream that a coroutine returned is not cancelled: `Prediction.cancelled`.
+- The folder of a prediction stays on the disk: `Prediction`, `remove_old_folders`.
+- The server outlives its worker: `watch_worker`.
+- A prediction whose folder cannot be made takes its slot for ever: `SlotWatch`.
+
+Cog's code is at https://github.com/replicate/cog. tests/test_cog_compat.py fails once Cog streams
+async generators.
 """
 
 import asyncio
+import contextvars
+import http.client
+import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 logger = logging.getLogger(__name__)
 
 SERVER_MODULE = b"cog.server.http"
+FOLDERS = Path("/tmp/coglet/predictions")
+OLD_SECONDS = 60.0
+"""Folders of this age belong to no prediction that has yet to be handed to a worker."""
+
+POLL_SECONDS = 3.0
+LOST_SECONDS = 30.0
 
 
-def prediction_future() -> Future[None]:
-    """Return a future that is cancelled when Cog cancels the prediction of the calling coroutine.
+class Prediction:
+    """Cog's prediction in whose coroutine it is created, until `close`.
 
-    coglet 0.23.1 exhausts an async generator before it sends anything, so `predict` is a coroutine
-    that returns a plain generator, which coglet streams (`crates/coglet-python` in
-    https://github.com/replicate/cog). Cog cancels a prediction by cancelling the future of that
-    coroutine. By then the future is done, because the coroutine returned the generator at once, so
-    the cancellation would be lost.
+    As a context manager it is closed at the end of the coroutine, unless that called
+    `outlive_coroutine`.
 
-    Cog keeps the `concurrent.futures.Future` that `asyncio.run_coroutine_threadsafe` returned. The
-    task has no public reference to it, but the done-callback that copies the task's result to it
-    does, so it is found there and its `cancel` is replaced. Logs a warning if no such future is
-    found, in which case the prediction cannot be cancelled.
+    Attributes:
+        running: all predictions that are not closed.
+        cancelled: cancelled when Cog cancels the prediction after its coroutine has returned.
     """
-    cancelled: Future[None] = Future()
-    task: Any = asyncio.current_task()
-    found = False
-    for callback, _ in task._callbacks or ():
-        for cell in getattr(callback, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, Future):
-                vars(cell.cell_contents)["cancel"] = cancelled.cancel
-                found = True
-    if not found:
-        logger.warning(
-            "cannot find the future by which Cog cancels this prediction, so cancelling has no "
-            "effect; install Cog 0.23"
-        )
-    return cancelled
+
+    running: ClassVar["weakref.WeakSet[Prediction]"] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.cancelled: Future[None] = Future()
+        self._outlives_coroutine = False
+        self.running.add(self)
+        # Also when this object is collected: Cog may drop a generator without having started it.
+        self._remove_folder = weakref.finalize(self, _remove_folder, _prediction_folder())
+
+    def close(self) -> None:
+        """Remove the prediction's folder."""
+        self.running.discard(self)
+        self._remove_folder()
+
+    def __enter__(self) -> "Prediction":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._outlives_coroutine:
+            self.close()
+
+    def outlive_coroutine(self) -> None:
+        """Make Cog cancel `cancelled` from now on. The coroutine calls this before it returns.
+
+        coglet 0.23.1 exhausts an async generator before it sends anything, so `predict` is a
+        coroutine that returns a plain generator, which coglet streams (`crates/coglet-python`).
+        Cog cancels a prediction by cancelling the future of that coroutine. By then the future is
+        done, because the coroutine returned the generator, so the cancellation would be lost.
+
+        Cog keeps the `concurrent.futures.Future` that `asyncio.run_coroutine_threadsafe` returned.
+        The task has no public reference to it, but the done-callback that copies the task's result
+        to it does, so it is found there and its `cancel` is replaced. Logs a warning if no such
+        future is found, in which case the prediction cannot be cancelled.
+        """
+        self._outlives_coroutine = True
+        task: Any = asyncio.current_task()
+        found = False
+        for callback, _ in task._callbacks or ():
+            for cell in getattr(callback, "__closure__", None) or ():
+                if isinstance(cell.cell_contents, Future):
+                    vars(cell.cell_contents)["cancel"] = self.cancelled.cancel
+                    found = True
+        if not found:
+            logger.warning(
+                "cannot find the future by which Cog cancels this prediction, so cancelling has "
+                "no effect; install Cog 0.23"
+            )
+
+
+def _prediction_folder() -> Path | None:
+    """The folder that Cog's server has made for the prediction of the calling coroutine.
+
+    None if it is not below `FOLDERS`: the folder's name is the id, which may be any text. There is
+    no public reference to the context variable with the id.
+    """
+    for variable, value in contextvars.copy_context().items():
+        if variable.name == "_coglet_prediction_id" and value == Path(value).name:
+            return FOLDERS / value
+    return None
+
+
+def remove_old_folders(folders: Path = FOLDERS, age: float = OLD_SECONDS) -> None:
+    """Remove the folders of predictions that ended before `predict` or with their worker.
+
+    age: in seconds; younger ones stay.
+    """
+    with suppress(OSError):
+        for folder in folders.iterdir():
+            with suppress(OSError):  # removed meanwhile
+                if time.time() - folder.stat().st_mtime > age:
+                    _remove_folder(folder)
+
+
+def _remove_folder(folder: Path | None) -> None:
+    """Remove the folder of a prediction, with its input if that was too long for a message."""
+    if folder is None:
+        return
+    for part in ("inputs", "outputs"):
+        with suppress(OSError):
+            for file in (folder / part).glob("spill_*.json"):
+                file.unlink()
+            (folder / part).rmdir()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def watch_worker() -> subprocess.Popen[bytes] | None:
     """Start the watchdog that ends Cog's server after this process, its worker, has died.
 
     Returns the process, for `dismiss`, or None if the parent of this process is not Cog's server.
-    Cog should end its server itself: https://github.com/replicate/cog, `run_event_loop` in
-    `crates/coglet/src/orchestrator.rs`.
+    In Cog's `crates/coglet/src/orchestrator.rs`, `run_event_loop` ends, but not the server.
     """
     server = os.getppid()
     try:
@@ -75,3 +161,59 @@ def watch_worker() -> subprocess.Popen[bytes] | None:
 def dismiss(watchdog: subprocess.Popen[bytes]) -> None:
     """Let the server live on after this process, which is about to end by itself."""
     watchdog.communicate(b"-")
+
+
+@dataclass
+class SlotWatch:
+    """Notices that Cog's server is full without work for its worker.
+
+    In coglet 0.23.1 a prediction keeps its slot for ever if its folder cannot be made, for example
+    because its id has 300 characters (`predict` in `crates/coglet/src/service.rs`). Once all slots
+    are lost the server refuses everything.
+
+    slots: how many predictions the server admits.
+    since: when it began to be full while at most half of its slots were in use.
+    """
+
+    slots: int
+    since: float | None = None
+
+    def lost(self, status: str | None, running: int, now: float) -> bool:
+        """Whether slots have been lost for `LOST_SECONDS`.
+
+        Args:
+            status: of the server's health check, None if it does not answer.
+            running: number of predictions in the worker.
+            now: in seconds.
+        """
+        if status != "BUSY" or 2 * running > self.slots:
+            self.since = None
+            return False
+        self.since = now if self.since is None else self.since
+        return now - self.since >= LOST_SECONDS
+
+    def run(self) -> None:
+        """Watch the server; end this process, its worker, if slots are lost."""
+        while not self.lost(_server_status(), len(Prediction.running), time.monotonic()):
+            time.sleep(POLL_SECONDS)
+            remove_old_folders()
+        logger.error("Cog's server has lost slots, so it has to start again")
+        os._exit(1)
+
+
+def watch_slots(slots: int) -> None:
+    """Watch the server, and remove old folders, in a thread of their own."""
+    threading.Thread(target=SlotWatch(slots).run, name="xgenmm-slots", daemon=True).start()
+
+
+def _server_status() -> str | None:
+    port = int(os.environ.get("PORT") or 5000)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", "/health-check")
+        status: str = json.loads(connection.getresponse().read())["status"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError):
+        return None
+    finally:
+        connection.close()
+    return status

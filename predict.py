@@ -10,19 +10,21 @@ streams the text of the answer and reports the metrics. Environment variables co
     XGENMM_MEMORY        share of the GPU's memory for weights, workspace and caches; default: 0.9
     XGENMM_DECODE        `plain` or `kernels` to insist on one of the decode paths of a GPU
     XGENMM_TIMEOUT       seconds after which generation stops and the partial text is returned
+    XGENMM_FETCH_SECONDS, XGENMM_FETCH_BYTES, XGENMM_DECODE_SECONDS, XGENMM_PRIVATE_ADDRESSES
+                         limits on the images of a request, see docs/serving.md
     COG_MAX_CONCURRENCY  predictions at once; `cog build` sets it from `@concurrent` below
 
 Cog builds the form by parsing this file, without running it, and takes string literals verbatim.
 Every description and default is therefore a single literal without escapes, however long.
 """
 
+import asyncio
 import atexit
 import contextlib
 import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -37,17 +39,22 @@ from cog import (
 )
 
 import xgenmm
-from cog_compat import dismiss, prediction_future, watch_worker
+from cog_compat import Prediction, dismiss, watch_slots, watch_worker
 from xgenmm import Engine, InputError, Request, SamplingParams
 from xgenmm.engine.engine import GPU_MEMORY_UTILIZATION
 from xgenmm.engine.sampling_params import MOST_BEAMS
-from xgenmm.preprocessing.decoders import ImageDecoders
+from xgenmm.preprocessing.data_url import decode_data_url
+from xgenmm.preprocessing.decoders import DecodeLimits, ImageDecoders
+from xgenmm.preprocessing.fetch import FetchLimits, start_fetch
 from xgenmm.preprocessing.prompts import parse_messages
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 # Seconds for which text is joined. Cog sends an event, or a webhook with all text so far, for each
 # piece, and replays only the last 1,024 events to a client that reconnects.
 STREAM_INTERVAL = 0.05
+# For the images of a request together.
+FETCH_SECONDS = 30.0
+FETCH_BYTES = 128_000_000
 
 Number = TypeVar("Number", int, float)
 
@@ -60,6 +67,8 @@ class Predictor(BasePredictor):
     engine: Engine
     decoders: ImageDecoders
     timeout: float | None
+    fetch_limits: FetchLimits
+    max_images: int
 
     def setup(self) -> None:
         """Load the checkpoint and answer one request, so that the first user does not wait.
@@ -75,10 +84,20 @@ class Predictor(BasePredictor):
             if self._watchdog is not None:
                 dismiss(self._watchdog)  # the server stays to report why setup failed
             raise
+        if self._watchdog is not None:
+            watch_slots(_setting("COG_MAX_CONCURRENCY", int) or 1)
 
     def _load(self) -> None:
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
         self.timeout = _setting("XGENMM_TIMEOUT", float)
+        self.fetch_limits = FetchLimits(
+            seconds=_setting("XGENMM_FETCH_SECONDS", float) or FETCH_SECONDS,
+            max_bytes=_setting("XGENMM_FETCH_BYTES", int) or FETCH_BYTES,
+            private_addresses=_switch("XGENMM_PRIVATE_ADDRESSES"),
+        )
+        decode_limits = DecodeLimits()
+        if seconds := _setting("XGENMM_DECODE_SECONDS", float):
+            decode_limits = DecodeLimits(seconds)
         # Freeze imported objects so that garbage collection does not stall streams (for 0.2 s).
         gc.freeze()
         logger.info("loading %s", model)
@@ -92,7 +111,8 @@ class Predictor(BasePredictor):
             decode=os.environ.get("XGENMM_DECODE") or "auto",
         )
         config = self.engine.config
-        self.decoders = ImageDecoders(config.tiling, config.vision.image_size)
+        self.max_images = config.decoder.max_positions // config.resampler.num_latents
+        self.decoders = ImageDecoders(config.tiling, config.vision.image_size, decode_limits)
         self.decoders.start()
         self.engine.warm_up()
         # Cog has no shutdown hook; its worker process exits after the last prediction.
@@ -114,6 +134,7 @@ class Predictor(BasePredictor):
         ),
         images: list[Path] | None = Input(
             default=None,
+            accept="image/*",
             description="More images, for a question about several. They follow the first one in this order.",
         ),
         question: str = Input(
@@ -188,56 +209,89 @@ class Predictor(BasePredictor):
         inputs. The generator that it returns does the work; Cog iterates over it in a separate
         thread for each prediction.
         """
-        if choices is not None and not choices:
-            raise InputError("choices", "is empty; give the texts to choose from or leave it out")
-        request = Request(
-            question=question,
-            system_prompt=system_prompt,
-            messages=parse_messages(messages or ()),
-            sampling=SamplingParams(
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                num_beams=num_beams,
-                repetition_penalty=repetition_penalty,
-                stop_sequences=tuple(stop_sequences or ()),
-                seed=seed,
-            ),
-            choices=tuple(choices or ()),
-            json_schema=json_schema,
-            timeout=self.timeout,
-        )
-        sources = _sources(image, images or ())
-        # `scope` is a context variable of this coroutine, not set in the generator's thread.
-        return self._stream(request, sources, prediction_future(), self.scope.record_metric)
+        with Prediction() as prediction:
+            if choices is not None and not choices:
+                raise InputError(
+                    "choices", "is empty; give the texts to choose from or leave it out"
+                )
+            request = Request(
+                question=question,
+                system_prompt=system_prompt,
+                messages=parse_messages(messages or ()),
+                sampling=SamplingParams(
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    num_beams=num_beams,
+                    repetition_penalty=repetition_penalty,
+                    stop_sequences=tuple(stop_sequences or ()),
+                    seed=seed,
+                ),
+                choices=tuple(choices or ()),
+                json_schema=json_schema,
+                timeout=self.timeout,
+            )
+            contents = await self._contents(_urls(image, images or ()))
+            prediction.outlive_coroutine()
+            # `scope` is a context variable of this coroutine, not set in the generator's thread.
+            return self._stream(request, contents, prediction, self.scope.record_metric)
+
+    async def _contents(self, urls: dict[str, str]) -> dict[str, bytes]:
+        """Return the files that URLs refer to or contain, downloading all at the same time.
+
+        urls: by input name. Raises InputError, naming the input, if a file cannot be had.
+        """
+        if len(urls) > self.max_images:
+            raise InputError(
+                "images", f"{len(urls)} given; the context has room for {self.max_images}"
+            )
+        limits = self.fetch_limits
+        limits = replace(limits, max_bytes=limits.max_bytes // max(1, len(urls)))
+        downloads = {
+            name: start_fetch(url, limits, name)
+            for name, url in urls.items()
+            if not url.startswith("data:")
+        }
+        try:
+            return {
+                name: await asyncio.wrap_future(downloads[name])
+                if name in downloads
+                else decode_data_url(url, name)
+                for name, url in urls.items()
+            }
+        finally:
+            for download in downloads.values():
+                download.cancel()
 
     def _stream(
         self,
         request: Request,
-        sources: Sequence[tuple[str, Path]],
-        prediction: Future[None],
+        contents: dict[str, bytes],
+        prediction: Prediction,
         record_metric: Callable[[str, Any], None],
     ) -> Iterator[str]:
         """Yield the answer's text until it ends or `prediction` is cancelled; record the metrics.
 
-        sources: input name and file of each image, see `_sources`.
+        contents: the images' files by input name.
         """
-        read = self.decoders.reader()
-        images = [
-            self.engine.preprocess_image(file.read_bytes(), name, read) for name, file in sources
-        ]
-        answer = self.engine.stream(replace(request, images=images))
-        prediction.add_done_callback(lambda _: answer.cancel())
-        try:
-            yield from answer.pieces(STREAM_INTERVAL)
-            if prediction.cancelled():
-                raise CancelationException
-        finally:
-            answer.cancel()
-            for name, value in asdict(answer.usage).items():
-                if value is not None:
-                    record_metric(name, value)
+        with contextlib.closing(prediction):
+            read = self.decoders.reader()
+            images = [
+                self.engine.preprocess_image(content, name, read)
+                for name, content in contents.items()
+            ]
+            answer = self.engine.stream(replace(request, images=images))
+            prediction.cancelled.add_done_callback(lambda _: answer.cancel())
+            try:
+                yield from answer.pieces(STREAM_INTERVAL)
+                if prediction.cancelled.cancelled():
+                    raise CancelationException
+            finally:
+                answer.cancel()
+                for name, value in asdict(answer.usage).items():
+                    if value is not None:
+                        record_metric(name, value)
 
 
 def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
@@ -254,15 +308,29 @@ def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
     raise InputError(name, f"must be a number above 0, not {text!r}")
 
 
-def _sources(image: Path | None, images: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Return input name and downloaded file of each image, in order.
+def _switch(name: str) -> bool:
+    """Return whether an environment variable is 1. Raises InputError unless it is 0, 1 or not set."""
+    text = os.environ.get(name) or "0"
+    if text not in ("0", "1"):
+        raise InputError(name, f"must be 0 or 1, not {text!r}")
+    return text == "1"
 
-    Raises InputError for a value that Cog passed through as a string because it is not a URL.
-    Opening it would let a client read files of this machine.
+
+def _urls(image: Path | None, images: Sequence[Path]) -> dict[str, str]:
+    """Return the URL of each image by its input's name, in order.
+
+    Raises InputError for a value that is not a URL. Opening it would let a client read files of
+    this machine.
     """
-    sources = [] if image is None else [("image", image)]
-    sources += [(f"images[{i}]", path) for i, path in enumerate(images)]
-    for name, source in sources:
-        if isinstance(source, str):
+    sources = {} if image is None else {"image": image}
+    sources |= {f"images[{i}]": path for i, path in enumerate(images)}
+    urls = {name: str(source) for name, source in sources.items()}
+    for name, url in urls.items():
+        if not url.startswith(("http://", "https://", "data:")):
             raise InputError(name, "must be an http:// or https:// address or a data URL")
-    return sources
+    return urls
+
+
+# Cog downloads a `Path` before it calls `predict`, however long it takes or is, and wherever it
+# leads. Text it leaves alone. The form still takes files: `cog build` reads the source.
+Predictor.predict.__annotations__ |= {"image": str | None, "images": list[str] | None}

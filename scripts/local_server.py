@@ -68,17 +68,19 @@ class LocalServer:
 
 
 @contextlib.contextmanager
-def serving(environment: Mapping[str, str]) -> Iterator[LocalServer]:
+def serving(environment: Mapping[str, str], root: Path = ROOT) -> Iterator[LocalServer]:
     """Run a server for the duration of a `with` block; it needs `wait_ready` before requests.
 
-    environment: variables for the server in addition to those of this process.
+    Args:
+        environment: variables for the server in addition to those of this process.
+        root: the checkout to serve.
     """
     port = free_port()
     interpreter = Path(sys.executable).parent
     inherited = {**os.environ, "PATH": f"{interpreter}{os.pathsep}{os.environ.get('PATH', '')}"}
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
-            [ROOT / "scripts" / "serve"],
+            [root / "scripts" / "serve"],
             env={**inherited, **environment, "PORT": str(port)},
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -13,10 +13,19 @@ from tests.support.server import LocalServer, serving
 LOAD_SECONDS = 120.0
 
 
+FETCH_BYTES = 10_000_000  # limit of `server`
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[LocalServer]:
-    """Cog's server with the demo checkpoint."""
-    with serving({"XGENMM_MODEL": "demo"}) as started:
+    """Cog's server with the demo checkpoint, which may fetch images from this machine."""
+    environment = {
+        "XGENMM_MODEL": "demo",
+        "XGENMM_PRIVATE_ADDRESSES": "1",
+        "XGENMM_FETCH_BYTES": str(FETCH_BYTES),
+        "XGENMM_FETCH_SECONDS": "600",
+    }
+    with serving(environment) as started:
         started.wait_ready(LOAD_SECONDS)
         yield started
 

@@ -21,6 +21,7 @@ from xgenmm.config import XGenMMConfig
 from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.errors import EngineError, InputError
 from xgenmm.preprocessing.decoders import ImageDecoders
+from xgenmm.preprocessing.fetch import FetchLimits
 
 WAIT = 10.0
 INPUTS: dict[str, Any] = {
@@ -36,6 +37,10 @@ SETTINGS = (
     "XGENMM_DECODE",
     "XGENMM_MEMORY",
     "XGENMM_TIMEOUT",
+    "XGENMM_FETCH_SECONDS",
+    "XGENMM_FETCH_BYTES",
+    "XGENMM_DECODE_SECONDS",
+    "XGENMM_PRIVATE_ADDRESSES",
     "COG_MAX_CONCURRENCY",
 )
 
@@ -165,13 +170,35 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.loaded == ("demo", named)
 
 
-@pytest.mark.parametrize("name", ["XGENMM_TIMEOUT", "XGENMM_MEMORY", "COG_MAX_CONCURRENCY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "XGENMM_TIMEOUT",
+        "XGENMM_MEMORY",
+        "XGENMM_FETCH_SECONDS",
+        "XGENMM_FETCH_BYTES",
+        "XGENMM_DECODE_SECONDS",
+        "COG_MAX_CONCURRENCY",
+    ],
+)
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
 def test_setup_rejects_a_setting_that_is_not_a_positive_number(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     with pytest.raises(InputError, match=f"^{name}: must be a number above 0, not '{value}'"):
         predictor(monkeypatch, Engine(), **{name: value})
+
+
+def test_setup_reads_the_limits_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = predictor(monkeypatch, Engine())
+    assert made.fetch_limits == FetchLimits(30, 128_000_000, private_addresses=False)
+    settings = {"FETCH_SECONDS": "1.5", "FETCH_BYTES": "9", "PRIVATE_ADDRESSES": "1"}
+    made = predictor(
+        monkeypatch, Engine(), **{f"XGENMM_{name}": value for name, value in settings.items()}
+    )
+    assert made.fetch_limits == FetchLimits(1.5, 9, private_addresses=True)
+    with pytest.raises(InputError, match=r"^XGENMM_PRIVATE_ADDRESSES: must be 0 or 1, not 'yes'"):
+        predictor(monkeypatch, Engine(), XGENMM_PRIVATE_ADDRESSES="yes")
 
 
 def test_inputs_and_settings_reach_the_request(

@@ -5,6 +5,7 @@
 pkg/config/data in its repository).
 """
 
+import ast
 import inspect
 import json
 import re
@@ -17,6 +18,7 @@ import jsonschema
 import pytest
 import yaml
 
+import predict
 from predict import DEFAULT_MODEL, Predictor
 from tests.support.paths import ROOT
 from xgenmm.checkpoints.registry import releases
@@ -30,6 +32,14 @@ PARAMETERS = {
     for name, parameter in inspect.signature(Predictor.predict).parameters.items()
     if name != "self"
 }
+SOURCE_TYPES = {
+    argument.arg: eval(ast.unparse(argument.annotation), vars(predict))
+    for function in ast.walk(ast.parse((ROOT / "predict.py").read_text()))
+    if isinstance(function, ast.AsyncFunctionDef) and function.name == "predict"
+    for argument in function.args.args
+    if argument.annotation
+}
+"""Types of the parameters as the source has them, which is what `cog build` reads."""
 JSON_TYPES = {str: "string", cog.Path: "string", int: "integer", float: "number", dict: "object"}
 
 
@@ -55,7 +65,7 @@ def test_schema_has_the_inputs_in_order() -> None:
 def test_schema_agrees_with_predict(name: str) -> None:
     parameter, given = PARAMETERS[name], INPUTS[name]
     field = parameter.default
-    expected = json_type(parameter.annotation) | {
+    expected = json_type(SOURCE_TYPES[name]) | {
         "default": field.default,
         "description": field.description,
         "title": name.replace("_", " ").title(),

@@ -21,6 +21,7 @@ TWO_IMAGES = [example for example in EXAMPLES if len(example["images"]) == 2]
 SECONDS = 120.0
 ENDLESS: dict[str, Any] = {"question": "Talk.", "max_new_tokens": 2048}
 """With the checkpoint `endless`, the answer has the maximum length."""
+MAX_CONCURRENCY = 4  # of `endless_server`
 METRICS = {
     "prompt_tokens",
     "image_tokens",

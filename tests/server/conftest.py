@@ -1,12 +1,15 @@
-"""The checkpoint whose answers only end from outside."""
+"""A checkpoint whose answers only end from outside, and a server with it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.server.client import MAX_CONCURRENCY, SECONDS
 from tests.support.paths import DEMO
+from tests.support.server import LocalServer, serving
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,12 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameters["vlm.lang_model.lm_head.bias"][token] = -1e4
     save_file(parameters, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def endless_server(endless: Path) -> Iterator[LocalServer]:
+    """Cog's server with the endless checkpoint, few slots and the default limits on images."""
+    environment = {"XGENMM_MODEL": str(endless), "COG_MAX_CONCURRENCY": str(MAX_CONCURRENCY)}
+    with serving(environment) as started:
+        started.wait_ready(SECONDS)
+        yield started

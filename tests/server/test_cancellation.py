@@ -14,19 +14,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.client import ENDLESS, METRICS, SECONDS, ask, cancel, streamed, until_output
+from tests.server.client import (
+    ENDLESS,
+    MAX_CONCURRENCY,
+    METRICS,
+    SECONDS,
+    ask,
+    cancel,
+    streamed,
+    until_output,
+)
 from tests.support.server import Event, LocalServer, events, serving
-
-MAX_CONCURRENCY = 4
-
-
-@pytest.fixture(scope="module")
-def endless_server(endless: Path) -> Iterator[LocalServer]:
-    """Cog's server with the endless checkpoint and few slots."""
-    environment = {"XGENMM_MODEL": str(endless), "COG_MAX_CONCURRENCY": str(MAX_CONCURRENCY)}
-    with serving(environment) as started:
-        started.wait_ready(SECONDS)
-        yield started
 
 
 @contextlib.contextmanager
