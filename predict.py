@@ -12,6 +12,7 @@ streams the text of the answer and reports the metrics. Environment variables co
     XGENMM_TIMEOUT       seconds after which generation stops and the partial text is returned
     XGENMM_FETCH_SECONDS, XGENMM_FETCH_BYTES, XGENMM_DECODE_SECONDS, XGENMM_PRIVATE_ADDRESSES
                          limits on the images of a request, see docs/serving.md
+    XGENMM_SCHEMA_...    limits of JSON schemas, see docs/inputs.md
     COG_MAX_CONCURRENCY  predictions at once; `cog build` sets it from `@concurrent` below
 
 Cog builds the form by parsing this file, without running it, and takes string literals verbatim.
@@ -25,7 +26,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 from cog import (
@@ -42,6 +43,7 @@ import xgenmm
 from cog_compat import Prediction, dismiss, watch_slots, watch_worker
 from xgenmm import Engine, InputError, Request, SamplingParams
 from xgenmm.engine.engine import GPU_MEMORY_UTILIZATION
+from xgenmm.engine.json_schema import SchemaLimits
 from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.preprocessing.data_url import decode_data_url
 from xgenmm.preprocessing.decoders import DecodeLimits, ImageDecoders
@@ -109,12 +111,13 @@ class Predictor(BasePredictor):
             max_num_seqs=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
             gpu_memory_utilization=_setting("XGENMM_MEMORY", float) or GPU_MEMORY_UTILIZATION,
             decode=os.environ.get("XGENMM_DECODE") or "auto",
+            schema_limits=_schema_limits(),
         )
         config = self.engine.config
         self.max_images = config.decoder.max_positions // config.resampler.num_latents
         self.decoders = ImageDecoders(config.tiling, config.vision.image_size, decode_limits)
         self.decoders.start()
-        self.engine.warm_up()
+        self.engine.warm_up(schemas=True)
         # Cog has no shutdown hook; its worker process exits after the last prediction.
         atexit.register(self.engine.close)
 
@@ -314,6 +317,15 @@ def _switch(name: str) -> bool:
     if text not in ("0", "1"):
         raise InputError(name, f"must be 0 or 1, not {text!r}")
     return text == "1"
+
+
+def _schema_limits() -> SchemaLimits:
+    """The limits of JSON schemas from the environment."""
+    settings = {
+        field.name: _setting(f"XGENMM_SCHEMA_{field.name.upper()}", type(field.default))
+        for field in fields(SchemaLimits)
+    }
+    return SchemaLimits(**{name: value for name, value in settings.items() if value is not None})
 
 
 def _urls(image: Path | None, images: Sequence[Path]) -> dict[str, str]:

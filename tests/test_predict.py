@@ -18,6 +18,7 @@ from cog import CancelationException
 import xgenmm
 from predict import Predictor
 from xgenmm.config import XGenMMConfig
+from xgenmm.engine.json_schema import SchemaLimits
 from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.errors import EngineError, InputError
 from xgenmm.preprocessing.decoders import ImageDecoders
@@ -92,7 +93,7 @@ class Engine:
         self.requests.append(request)
         return self.answer
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, schemas: bool) -> None:
         """Nothing to do."""
 
     def check(self) -> None:
@@ -146,6 +147,7 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_num_seqs": MOST_BEAMS,
         "gpu_memory_utilization": 0.9,
         "decode": "auto",
+        "schema_limits": SchemaLimits(),
     }
     assert engine.loaded == ("xgen-mm-phi3-mini-instruct-interleave-r-v1.5", nothing)
     predictor(
@@ -157,6 +159,8 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         XGENMM_QUANTIZE="int8",
         XGENMM_MEMORY="0.5",
         XGENMM_DECODE="plain",
+        XGENMM_SCHEMA_DEPTH="7",
+        XGENMM_SCHEMA_SECONDS="0.5",
         COG_MAX_CONCURRENCY="12",
     )
     named: dict[str, Any] = {
@@ -166,6 +170,7 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "gpu_memory_utilization": 0.5,
         "decode": "plain",
         "max_num_seqs": 12,
+        "schema_limits": SchemaLimits(depth=7, seconds=0.5),
     }
     assert engine.loaded == ("demo", named)
 

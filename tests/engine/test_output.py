@@ -76,20 +76,16 @@ def test_request_ends_when_its_sink_says_so() -> None:
     assert usage.tokens_per_second > 0
 
 
-def test_grammar_follows_the_tokens_and_ends_the_request() -> None:
-    case = Fixture()
-    grammar = SimpleNamespace(finished=False, tokens=[])
-
-    def advance(token_id: int) -> None:
-        grammar.tokens.append(token_id)
-        grammar.finished = token_id == 9
-
-    grammar.advance = advance
-    case.request.grammar = cast(Any, grammar)
-    for token_id in (7, 9):
+@pytest.mark.parametrize(("finished", "reason"), [(True, "end"), (False, "length")])
+def test_grammar_follows_the_tokens(finished: bool, reason: str) -> None:
+    """At the token limit, the reason says whether the JSON is whole."""
+    case = Fixture(max_tokens=3)
+    advanced: list[int] = []
+    case.request.grammar = cast(Any, SimpleNamespace(finished=finished, advance=advanced.append))
+    for token_id in (7, 8, 9):
         case.output.append_token(case.request, token_id)
-    assert grammar.tokens == case.sink.token_ids == [7, 9]
-    assert case.sink.ends == [("end", None)]
+    assert advanced == case.sink.token_ids == [7, 8, 9]
+    assert case.sink.ends == [(reason, None)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -420,7 +421,7 @@ def test_beams_of_a_full_block_take_new_ones_without_copies() -> None:
 
 
 def test_tokens_wait_for_the_host_while_a_grammar_or_beams_need_them() -> None:
-    for settings in ({}, {"num_beams": 2}, {"grammar": object()}):
+    for settings in ({}, {"num_beams": 2}, {"grammar": SimpleNamespace(ready=True)}):
         request = engine_request(num_beams=settings.pop("num_beams", 1))
         request.grammar = cast(Any, settings.get("grammar"))
         engine = engine_with(request, budget=6, overlapped_steps=1)
@@ -429,6 +430,17 @@ def test_tokens_wait_for_the_host_while_a_grammar_or_beams_need_them() -> None:
         compute(engine)
         sampled = request.grammar is None and request.num_seqs == 1
         assert engine.scheduler.overlapped_steps == (1 if sampled else 0)
+
+
+def test_request_whose_mask_is_not_ready_is_left_out_of_the_step() -> None:
+    slow, other = engine_request(10), engine_request(12)
+    grammar = SimpleNamespace(ready=False)
+    slow.grammar = cast(Any, grammar)
+    engine = engine_with(slow, other)
+    compute(engine)
+    assert compute(engine).decoding == [other]
+    grammar.ready = True
+    assert compute(engine).decoding == [slow, other]
 
 
 def test_request_whose_last_token_is_on_its_way_is_not_scheduled() -> None:

@@ -1,14 +1,18 @@
 """Structured output: whatever a model samples from the mask is JSON that conforms to the schema."""
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import torch
 
 from tests.support.paths import DEMO
 from xgenmm.checkpoints.registry import read_config
+from xgenmm.engine.json_schema import SchemaLimits
+from xgenmm.engine.schema_process import SchemaProcess
 from xgenmm.engine.structured_output import Grammar, GrammarCompiler
 from xgenmm.errors import InputError
 from xgenmm.preprocessing.tokenizer import Tokenizer
@@ -16,6 +20,7 @@ from xgenmm.preprocessing.tokenizer import Tokenizer
 CONFIG = read_config(DEMO)
 TOKENIZER = Tokenizer.from_folder(DEMO, CONFIG.text.convention, CONFIG.additional_ids)
 VOCAB = CONFIG.decoder.initial_vocab + CONFIG.decoder.additional_tokens
+CLOSES = torch.tensor([not TOKENIZER.text_bytes(i).strip(b'"}]') for i in range(VOCAB)])
 END_IDS = {TOKENIZER.id(token) for token in CONFIG.text.stop_tokens}
 
 
@@ -27,6 +32,11 @@ def closed(**properties: Any) -> dict[str, Any]:
         "required": list(properties),
         "additionalProperties": False,
     }
+
+
+def nested_lists(depth: int) -> list[Any]:
+    """A list within a list, and so on."""
+    return [nested_lists(depth - 1)] if depth > 1 else []
 
 
 BOX = closed(
@@ -93,17 +103,40 @@ def compiler() -> GrammarCompiler:
 
 
 def walk(grammar: Grammar, limit: int, seed: int) -> list[int]:
-    """At most `limit` tokens sampled with random logits, without the end token."""
+    """At most `limit` tokens sampled with random logits, without the end token.
+
+    What closes a text, a list or an object becomes ever more likely, so that most documents end.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
     while len(ids) < limit and not grammar.finished:
-        scores = 3 * torch.randn(VOCAB, generator=generator)
-        token = int(scores.masked_fill(~grammar.mask(limit - len(ids)), -torch.inf).argmax())
+        scores = 3 * torch.randn(VOCAB, generator=generator) + CLOSES * len(ids) / 8
+        token = int(scores.masked_fill(~grammar.mask(), -torch.inf).argmax())
         if token in END_IDS:
             break
         grammar.advance(token)
         ids.append(token)
     return ids
+
+
+def follow(compiler: GrammarCompiler, schema: dict[str, Any], wanted: str) -> str:
+    """A number: the wanted characters where they are allowed, and others until it may end."""
+    grammar, text = compiler.compile(schema), ""
+    while not grammar.finished:
+        allowed = grammar.mask()
+        if allowed[list(END_IDS)].any() and len(text) >= len(wanted):
+            break
+        characters = {
+            compiler.texts[i].decode(): int(i)
+            for i in allowed.nonzero()
+            if len(compiler.texts[i]) == 1 and compiler.texts[i] != b" "
+        }
+        if not characters:
+            break
+        best = wanted[len(text) : len(text) + 1]
+        text += (character := best if best in characters else max(characters))
+        grammar.advance(characters[character])
+    return text
 
 
 def accepts(compiler: GrammarCompiler, schema: dict[str, Any], text: str) -> bool:
@@ -122,30 +155,6 @@ def test_output_conforms_to_the_schema(compiler: GrammarCompiler, name: str) -> 
     for seed in range(4):
         ids = walk(compiler.compile(SCHEMAS[name]), limit=150, seed=seed)
         jsonschema.validate(json.loads(TOKENIZER.decode(ids)), SCHEMAS[name])
-
-
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_short_limit_still_gives_complete_json(compiler: GrammarCompiler, name: str) -> None:
-    way = compiler.compile(SCHEMAS[name]).completion(200)
-    for limit in (len(way), len(way) + 1, len(way) + 20):
-        grammar = compiler.compile(SCHEMAS[name])
-        ids = walk(grammar, limit, seed=limit)
-        jsonschema.validate(json.loads(TOKENIZER.decode(ids)), SCHEMAS[name])
-    assert len(way) > 1
-
-
-def test_mask_is_restricted_only_near_the_limit(compiler: GrammarCompiler) -> None:
-    free, bound = compiler.compile({"type": "string"}), compiler.compile({"type": "string"})
-    assert torch.equal(free.mask(), bound.mask(remaining=500))
-    assert not bound.limited
-    assert bound.mask(remaining=3).sum() == 1
-    assert bound.limited
-
-
-def test_limit_too_short_for_any_answer_is_not_an_error(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(BOX)
-    assert len(walk(grammar, limit=4, seed=0)) == 4
-    assert not grammar.limited
 
 
 @pytest.mark.parametrize("text", ['{"a":1}', ' {"a": 1}', '{"a":-7}'])
@@ -199,8 +208,38 @@ def test_number_may_continue_up_to_its_maximum_length(compiler: GrammarCompiler)
         grammar.advance(seven)
         assert not grammar.finished
     assert {int(i) for i in grammar.mask().nonzero()} == END_IDS
-    large = compiler.compile({"type": "integer", "minimum": 10**17})
-    assert json.loads(TOKENIZER.decode(walk(large, 30, seed=3))) >= 10**17
+    large = compiler.compile({"type": "integer", "minimum": 10**15})
+    assert 10**15 <= json.loads(TOKENIZER.decode(walk(large, 30, seed=3))) < 2**53
+
+
+BOUNDS = (0, -1, 0.1, 16, 123456.789, -1e-13, 5e-324, 2**53 - 1, 1e308)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("kind", ["number", "integer"])
+def test_number_beside_its_bound_conforms_after_parsing(
+    compiler: GrammarCompiler, kind: str, bound: float
+) -> None:
+    """Numbers are steered towards the bound, with more digits than a double holds."""
+    for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        schema = {"type": kind, keyword: bound}
+        if bound + (keyword == "exclusiveMinimum") >= 2**53 and keyword.endswith("inimum"):
+            with pytest.raises(InputError, match="most JSON parsers round"):
+                compiler.compile(schema)
+            continue
+        digits = f"{Decimal(bound):.40f}"
+        for wanted in (digits, digits.rstrip("0"), f"{digits[:20]}9"):
+            text = follow(compiler, schema, wanted)
+            jsonschema.validate(json.loads(text), schema)
+
+
+@pytest.mark.parametrize("divisor", [7, 997, 1000])
+def test_multiple_comes_to_an_end(compiler: GrammarCompiler, divisor: int) -> None:
+    for kind in ("integer", "number"):
+        schema = {"type": kind, "multipleOf": divisor}
+        number = json.loads(TOKENIZER.decode(walk(compiler.compile(schema), 40, seed=divisor)))
+        assert number % divisor == 0
+        assert abs(number) < 2**53
 
 
 def test_byte_tokens_form_whole_characters(compiler: GrammarCompiler) -> None:
@@ -213,8 +252,7 @@ def test_byte_tokens_form_whole_characters(compiler: GrammarCompiler) -> None:
         allowed = grammar.mask() & high
         ids.append(int(torch.rand(VOCAB, generator=generator).masked_fill(~allowed, -1).argmax()))
         grammar.advance(ids[-1])
-    completion = grammar.completion(10)
-    text = TOKENIZER.decode([i for i in ids + completion if i not in END_IDS])
+    text = TOKENIZER.decode(ids + walk(grammar, 20, seed=4))
     assert len(json.loads(text)) > 60
     assert "\N{REPLACEMENT CHARACTER}" not in text
 
@@ -224,7 +262,6 @@ def test_grammars_are_independent(compiler: GrammarCompiler) -> None:
     pair = [compiler.compile(BOX) for _ in alone]
     for tokens in zip(*alone, strict=False):
         for grammar, token in zip(pair, tokens, strict=True):
-            grammar.completion(60)
             assert grammar.mask()[token]
             grammar.advance(token)
     assert alone[0] != alone[1]
@@ -252,6 +289,12 @@ def test_token_outside_the_mask_is_rejected(compiler: GrammarCompiler) -> None:
         ({"type": "string", "pattern": "^(?=a)"}, "look-around"),
         ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"type": "number", "multipleOf": 0.01}, "multipleOf 0.01; use a whole number"),
+        ({"type": "integer", "multipleOf": 1009}, "multipleOf 1009; the least common"),
+        ({"type": "integer", "minimum": 2**53}, "most JSON parsers round"),
+        ({"enum": [1, {"a": [2**53]}]}, "a number beyond 9007199254740991 in const or enum"),
+        ({"$id": "https://example.org/a", "type": "null"}, "$id within another schema"),
+        ({"$ref": "#/default"}, "$ref '#/default'; refer to a part of the schema"),
+        ({"prefixItems": [{}], "additionalItems": False}, "additionalItems beside prefixItems"),
         ({"type": "object", "minProperties": 2}, "minProperties"),
         ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "use anyOf"),
         ({"const": ["bell \a"]}, "control characters"),
@@ -281,8 +324,10 @@ def test_unenforceable_schema_is_rejected_with_its_path(
         ({"enum": [float("nan")]}, "must be a JSON schema as an object"),
         ({"const": {1, 2}}, "must be a JSON schema as an object"),
         ({"$schema": 3}, "must be a JSON schema as an object"),
-        ({"$ref": "#"}, "nothing can follow"),
-        ({"type": "string", "pattern": "^\a$"}, "nothing can follow"),
+        ({"type": "number", "exclusiveMinimum": 1, "maximum": 1 + 2**-52}, "greater than maximum"),
+        ({"allOf": [{"multipleOf": 31}, {"multipleOf": 37}]}, "at $.allOf[1]: multipleOf 37; the"),
+        ({"$ref": "#"}, "no document conforms to it"),
+        ({"const": "\ud800"}, "must be a JSON schema as an object"),
         ([], "must be a JSON schema as an object"),
     ],
 )
@@ -291,3 +336,69 @@ def test_invalid_schema_is_rejected(compiler: GrammarCompiler, schema: Any, mess
         compiler.compile(schema)
     assert str(refused.value).startswith("json_schema: ")
     assert message in str(refused.value)
+
+
+def test_dead_end_is_an_error(compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(closed(a={"type": "string", "pattern": "^\a$"}))
+    with pytest.raises(InputError, match=r"cannot be enforced at \$: nothing can follow .*{\"a\":"):
+        walk(grammar, 10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"title": "x" * 200_000}, "has 200005 characters or more; at most 131072 are allowed"),
+        ({"const": [None] * 20_000}, "has 20002 values or more; at most 20000 are allowed"),
+        ({"enum": nested_lists(200)}, "has 101 nested objects and lists or more; at most 100"),
+        ({"pattern": "a" * 2_001}, "$: a pattern of 2001 characters; at most 2000 are allowed"),
+        ({"patternProperties": {"^a{0,10001}$": {}}}, "$: a repeat of 10001 in a pattern"),
+        ({"items": {"minItems": 10_001}}, "$.items: minItems 10001; at most 10000 is allowed"),
+        (
+            {"properties": {str(i): {"type": "null"} for i in range(2_000)}},
+            "it is too complex",
+        ),
+    ],
+)
+def test_schema_beyond_a_limit_is_rejected(
+    compiler: GrammarCompiler, schema: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        compiler.compile(schema)
+    assert message in str(refused.value)
+
+
+SLOW = {"patternProperties": {f"^k{i}$": {"type": "null"} for i in range(900)}}
+LARGE = {"type": "object", "required": [f"key{i}" for i in range(8_000)]}
+CHAIN = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3_000)} | {"d3000": {}}
+DEEP = {"$ref": "#/$defs/d0", "$defs": CHAIN}
+
+
+def test_check_that_takes_too_much_ends_and_the_next_one_works() -> None:
+    limits = SchemaLimits(seconds=0.5, memory=32 << 20)
+    compiler = GrammarCompiler(TOKENIZER, END_IDS, VOCAB, limits)
+    for schema in (SLOW, LARGE, DEEP):
+        with pytest.raises(InputError, match=r"takes more than .* to check, or nests too deeply"):
+            compiler.compile(schema)
+        assert accepts(compiler, {"type": "null"}, "null")
+    compiler.close()
+
+
+def test_process_that_was_killed_is_started_again() -> None:
+    compiler = GrammarCompiler(TOKENIZER, END_IDS, VOCAB)
+    before = {process.pid for process in psutil.Process().children()}
+    compiler.compile(BOX)
+    (started,) = (p for p in psutil.Process().children() if p.pid not in before)
+    started.kill()
+    started.wait()
+    compiler.compile({"type": "null"})
+    compiler.close()
+    assert {process.pid for process in psutil.Process().children()} <= before
+
+
+def test_schema_is_checked_once(monkeypatch: pytest.MonkeyPatch, compiler: GrammarCompiler) -> None:
+    refused, allowed = closed(once={"not": {}}), closed(once={"type": "null"})
+    for _ in range(2):
+        compiler.compile(allowed)
+        with pytest.raises(InputError, match="'not' is not supported"):
+            compiler.compile(refused)
+        monkeypatch.setattr(SchemaProcess, "check", None)

@@ -24,6 +24,17 @@ def oversized_png() -> bytes:
     )
 
 
+def references(count: int) -> dict[str, Any]:
+    """A schema with a chain of references."""
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{count}": {}}}
+
+
+def patterns(count: int) -> dict[str, Any]:
+    """Patterns of names that have to be compared with one another."""
+    return {f"^k{i}$": {"type": "integer"} for i in range(count)}
+
+
 INVALID_INPUTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "no question and no image": (lambda: {}, "question: "),
     "marker without an image": (lambda: {"question": "<image> What is it?"}, "1"),
@@ -61,6 +72,18 @@ INVALID_INPUTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "invalid schema": (
         lambda: {"image": example_image(), "json_schema": {"type": "colour"}},
         "json_schema: ",
+    ),
+    "schema that overflows the stack": (
+        lambda: {"question": "?", "json_schema": references(3_000)},
+        "json_schema: takes more than 2 s or 256 MB to check, or nests too deeply",
+    ),
+    "schema that takes minutes": (
+        lambda: {"question": "?", "json_schema": {"patternProperties": patterns(1_000)}},
+        "json_schema: takes more than 2 s or 256 MB to check, or nests too deeply",
+    ),
+    "schema of 1 MB": (
+        lambda: {"question": "?", "json_schema": {"const": "x" * 1_000_000}},
+        "json_schema: has 1000005 characters or more; at most 131072 are allowed",
     ),
     "schema that cannot be enforced": (
         lambda: {"image": example_image(), "json_schema": {"not": {"type": "string"}}},

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from functools import partial
 from typing import TypeVar
 
@@ -23,12 +24,19 @@ from xgenmm.engine.model_runner import ModelRunner, StepOutput
 from xgenmm.engine.output import OutputProcessor
 from xgenmm.engine.request import EngineRequest
 from xgenmm.engine.scheduler import ChoicesChunk, Scheduler, SchedulerConfig, Step
+from xgenmm.errors import InputError
 from xgenmm.kernels.cuda_graphs import DecodeMode
 from xgenmm.models.xgenmm import XGenMM
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+GRAMMAR_SECONDS = 0.001
+"""How long a step waits for the masks of its grammars."""
+
+IDLE_SECONDS = 0.05
+"""The same if there is nothing else to compute."""
 
 
 class EngineCore:
@@ -76,6 +84,7 @@ class EngineCore:
         overlapped = self.scheduler.overlapped_steps
         if not overlapped:
             self._process_outputs()
+        self._await_grammars()
         step = self.scheduler.schedule()
         self._prepare(step)
         if step.images:
@@ -98,6 +107,23 @@ class EngineCore:
             self.output.finish(request, "cancelled")
         for request in scheduler.expired(time.monotonic()):
             self.output.finish(request, "timeout")
+
+    def _await_grammars(self) -> None:
+        """Wait a moment for the masks of grammars, and finish the requests whose JSON is complete.
+
+        Requests whose masks take longer are left out of the next step, unless it has no others.
+        """
+        requests = [request for request in self.scheduler.running if request.decoding]
+        grammars = [request.grammar for request in requests if request.grammar is not None]
+        if not grammars:
+            return
+        computations = [grammar.computation for grammar in grammars]
+        wait(computations, GRAMMAR_SECONDS)
+        if len(grammars) == len(self.scheduler.running):
+            wait(computations, IDLE_SECONDS, FIRST_COMPLETED)
+        for request in requests:
+            if request.grammar is not None and request.grammar.ready and request.grammar.finished:
+                self.output.finish(request, "end")
 
     def _prepare(self, step: Step) -> None:
         """Set up the rows of the step's requests."""
@@ -150,8 +176,7 @@ class EngineCore:
         finished = [chunk.request for chunk in step.chunks if chunk.is_last]
         for request in [*step.decoding, *finished]:
             if request.grammar is not None:
-                remaining = request.max_tokens - len(request.output_token_ids)
-                mask = self._run_guarded(step, [request], partial(request.grammar.mask, remaining))
+                mask = self._run_guarded(step, [request], request.grammar.mask)
                 if mask is not None:
                     masks[request.rows[0]] = mask
         return masks
@@ -221,7 +246,10 @@ class EngineCore:
         try:
             return self.runner.retry_out_of_memory(work)
         except Exception as error:
-            logger.exception("%d requests failed", len(requests))
+            if isinstance(error, InputError):  # its caller's, not the engine's
+                logger.info("a request failed: %s", error)
+            else:
+                logger.exception("%d requests failed", len(requests))
             self.output.fail(requests, error)
             for request in requests:
                 if step is not None:

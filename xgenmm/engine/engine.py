@@ -33,6 +33,7 @@ from xgenmm.preprocessing.tiling import TiledImage, tile_image
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from xgenmm.engine.json_schema import SchemaLimits
     from xgenmm.engine.structured_output import GrammarCompiler
 
 MAX_NUM_SEQS = 16
@@ -54,6 +55,7 @@ class Engine:
         decode: what computes steps without prompts on a GPU: `plain` PyTorch, the `kernels`, or by
             default the kernels if they pass a check.
         scheduler_config: by default the one for the model's device.
+        schema_limits: what a request's JSON schema may take.
 
     Raises:
         InputError: the KV cache does not hold one request, or the budget of a step no prompt.
@@ -71,6 +73,7 @@ class Engine:
         gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
         decode: DecodeMode = "auto",
         scheduler_config: SchedulerConfig | None = None,
+        schema_limits: "SchemaLimits | None" = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -98,6 +101,7 @@ class Engine:
             prefix_caching=prefix_caching,
             decode=decode,
         )
+        self._schema_limits = schema_limits
         self._thread = EngineThread(core)
         self._tiles: LRUCache[TiledImage] = LRUCache(MAX_TILE_BYTES if prefix_caching else 0)
         # The thread holds no reference to the engine, so it ends when the engine is collected.
@@ -161,7 +165,7 @@ class Engine:
             max_tokens=max_tokens,
             sink=answer,
             usage=answer.usage,
-            grammar=None if schema is None else self._grammar_compiler.compile(schema),
+            grammar=None if schema is None else self._grammars.compile(schema),
             choices=choices,
             started=started,
             deadline=started + (float("inf") if request.timeout is None else request.timeout),
@@ -169,8 +173,13 @@ class Engine:
         self._thread.submit(engine_request)
         return answer
 
-    def warm_up(self) -> None:
-        """Answer a small request, so that the first caller does not pay for one-time work."""
+    def warm_up(self, *, schemas: bool = False) -> None:
+        """Answer a small request, so that the first caller does not pay for one-time work.
+
+        schemas: whether to prepare for JSON schemas, which starts a process that checks them.
+        """
+        if schemas:
+            self._grammars.compile({})
         image = Image.new("RGB", (64, 64))
         self.stream(Request("", [image], sampling=SamplingParams(max_new_tokens=4))).text()
 
@@ -186,6 +195,8 @@ class Engine:
         """Refuse new requests, finish the accepted ones and stop the engine's thread."""
         self._thread.close()
         self._thread.join()
+        if "_grammars" in vars(self):
+            self._grammars.close()
 
     def prompt(self, request: Request) -> Prompt:
         """The request's prompt. An empty question with images asks for a caption."""
@@ -238,13 +249,13 @@ class Engine:
             )
 
     @cached_property
-    def _grammar_compiler(self) -> "GrammarCompiler":
+    def _grammars(self) -> "GrammarCompiler":
         # Imported on demand: only this needs llguidance and jsonschema.
         from xgenmm.engine.structured_output import GrammarCompiler
 
         decoder = self.config.decoder
         vocab = decoder.initial_vocab + decoder.additional_tokens
-        return GrammarCompiler(self.tokenizer, self.end_ids, vocab)
+        return GrammarCompiler(self.tokenizer, self.end_ids, vocab, self._schema_limits)
 
     def _measure(self, prompt: Prompt, images: Sequence[TiledImage], usage: Usage) -> int:
         """Record the length of the prompt; returns how many tokens are left for the answer."""

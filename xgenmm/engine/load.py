@@ -5,7 +5,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 
@@ -21,6 +21,9 @@ from xgenmm.kernels.cuda_graphs import MAX_ROWS, DecodeMode, compile_kernels
 from xgenmm.models.quantization import check_quantization
 from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
+
+if TYPE_CHECKING:
+    from xgenmm.engine.json_schema import SchemaLimits
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ def load(
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     max_num_batched_tokens: int = 512,
     decode: str = "auto",
+    schema_limits: "SchemaLimits | None" = None,
 ) -> Engine:
     """Load an engine from a released name, `demo`, or a checkpoint folder.
 
@@ -57,6 +61,7 @@ def load(
             even, many raise throughput.
         decode: what computes steps without prompts on a GPU: `plain` PyTorch, the `kernels`, or
             `auto`, the kernels if they pass a check.
+        schema_limits: what the JSON schema of a request may take.
 
     Raises:
         CheckpointError: the checkpoint is missing or broken; the message says how to get it.
@@ -96,6 +101,7 @@ def load(
         gpu_memory_utilization=gpu_memory_utilization,
         decode=cast(DecodeMode, decode),
         scheduler_config=SchedulerConfig.for_device(target.type, max_num_batched_tokens),
+        schema_limits=schema_limits,
     )
     logger.info(
         "%s: ready on %s in %s after %.1f s, with a KV cache of %d positions",

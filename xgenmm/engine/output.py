@@ -43,10 +43,9 @@ class OutputProcessor:
         if request.grammar is not None:
             request.grammar.advance(token_id)
         reason = request.sink.token(token_id)
-        if reason is None and request.grammar is not None and request.grammar.finished:
-            reason = "end"
         if reason is None and len(request.output_token_ids) == request.max_tokens:
-            reason = "length"
+            finished = request.grammar is not None and request.grammar.finished
+            reason = "end" if finished else "length"
         if reason is not None:
             self.finish(request, reason)
 

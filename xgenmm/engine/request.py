@@ -31,7 +31,8 @@ class Request:
     images: upright RGB, or tiled by `Engine.preprocess_image`.
     system_prompt: None uses the prompt that the model was trained with.
     choices: if given, the answer is the most likely of them and `sampling` is ignored.
-    json_schema: if given, the answer is JSON that conforms to this JSON Schema.
+    json_schema: if given, the answer is JSON that conforms to this JSON Schema, unless its usage
+        says that it stopped for another reason than `end`.
     timeout: seconds after which generation stops and the partial text is returned.
     """
 

@@ -193,6 +193,8 @@ class Scheduler:
         """Plan the next step and take the blocks for it. `update` has to follow it."""
         step = Step()
         for request in [request for request in self.running if request.decoding]:
+            if request.grammar is not None and not request.grammar.ready:
+                continue  # its mask takes longer than others should wait for
             if request.rows and self._reserve_next(request, step):
                 step.decoding.append(request)
         config = self.config
