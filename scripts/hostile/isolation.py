@@ -1,4 +1,4 @@
-"""Run a hostile case in a process of its own, with limits, and report how it ended."""
+"""Run a hostile case in a process of its own, bounded in time and memory."""
 
 import multiprocessing
 import os

@@ -292,7 +292,7 @@ def test_token_outside_the_mask_is_rejected(compiler: GrammarCompiler) -> None:
         ({"type": "integer", "multipleOf": 1009}, "multipleOf 1009; the least common"),
         ({"type": "integer", "minimum": 2**53}, "most JSON parsers round"),
         ({"enum": [1, {"a": [2**53]}]}, "a number beyond 9007199254740991 in const or enum"),
-        ({"$id": "https://example.org/a", "type": "null"}, "$id within another schema"),
+        ({"$id": "a", "anyOf": [{"$ref": "#"}, {"type": "null"}]}, "$id within another schema"),
         ({"$ref": "#/default"}, "$ref '#/default'; refer to a part of the schema"),
         ({"prefixItems": [{}], "additionalItems": False}, "additionalItems beside prefixItems"),
         ({"type": "object", "minProperties": 2}, "minProperties"),
@@ -350,7 +350,7 @@ def test_dead_end_is_an_error(compiler: GrammarCompiler) -> None:
         ({"title": "x" * 200_000}, "has 200005 characters or more; at most 131072 are allowed"),
         ({"const": [None] * 20_000}, "has 20002 values or more; at most 20000 are allowed"),
         ({"enum": nested_lists(200)}, "has 101 nested objects and lists or more; at most 100"),
-        ({"pattern": "a" * 2_001}, "$: a pattern of 2001 characters; at most 2000 are allowed"),
+        ({"pattern": "a" * 8_001}, "$: a pattern of 8001 characters; at most 8000 are allowed"),
         ({"patternProperties": {"^a{0,10001}$": {}}}, "$: a repeat of 10001 in a pattern"),
         ({"items": {"minItems": 10_001}}, "$.items: minItems 10001; at most 10000 is allowed"),
         (

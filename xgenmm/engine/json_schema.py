@@ -84,7 +84,7 @@ class SchemaLimits:
     length: int = 128 << 10
     values: int = 20_000
     depth: int = 100
-    pattern: int = 2_000
+    pattern: int = 8_000
     repeat: int = 10_000
     seconds: float = 2.0
     memory: int = 256 << 20
@@ -111,12 +111,13 @@ def enforceable(schema: Schema, limits: SchemaLimits) -> Schema:
         raise InputError("json_schema", f"is not a valid schema at {path}: {message}")
     parts, multiple = list(_parts(schema, "$")), 1
     targets = {id(part) for _, part in parts}
+    refers = any("$ref" in part for _, part in parts)
     for path, part in parts:
         multiple = math.lcm(multiple, max(1, int(part.get("multipleOf", 1))))
         if reason := (
             _unenforced(part)
             or _exceeded(part, limits)
-            or _uncertain_reference(part, schema, targets)
+            or (refers and _uncertain_reference(part, schema, targets))
             or _uncertain_multiple(part, multiple)
             or _round_bounds(part)
         ):
@@ -212,7 +213,7 @@ def _exceeded(part: Schema, limits: SchemaLimits) -> str:
 def _uncertain_reference(part: Schema, schema: Schema, targets: set[int]) -> str:
     """Why it is unknown what a part refers to; empty if it is one of `targets`, by `id`."""
     if part is not schema and not {"$id", "id"}.isdisjoint(part):
-        return "$id within another schema; leave it out"
+        return "$id within another schema, in one that has $ref; leave it out"
     reference = part.get("$ref", "#")
     target: Any = schema
     for name in unquote(reference).removeprefix("#").split("/")[1:]:
