@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet
 
 PRELOAD = ["xgenmm.captioning.program", "xgenmm.engine.load"]
-MAX_MEMORY_BYTES = 3 << 30
+MAX_MEMORY_BYTES = 6 << 30  # the KV cache takes up to 4 GB on a CPU
 MAX_ERROR_CHARS = 2000
 
 Arguments = list[str]

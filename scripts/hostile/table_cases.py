@@ -31,9 +31,13 @@ def table_cases() -> Iterator[Case]:
         names = () if rows else ("t.csv",)
         yield _case("CSV", name, "t.csv", _bytes(content), rows, errors, names)
     for name, cell in PARQUET_CELLS.items():
-        # A cell that cannot be used costs its row; a question that does not name it is answered.
-        yield _case("Parquet", f"{name} named", "t.parquet", _cell(cell), 3, None)
-        yield _case("Parquet", f"{name} beside", "t.parquet", _cell(cell), 3, 0, template=False)
+        # A cell that cannot be used costs its row, a column that cannot be used ends the program; a
+        # question that does not name it is answered.
+        named = ("t.parquet",)
+        yield _case("Parquet", f"{name} named", "t.parquet", _cell(cell), 3, None, named)
+        yield _case(
+            "Parquet", f"{name} beside", "t.parquet", _cell(cell), 3, 0, named, template=False
+        )
     for name, image in PARQUET_IMAGES.items():
         yield _case("Parquet", name, "t.parquet", _image_column(image), 2, None, ("t.parquet",))
     for name, write in PARQUET_FILES.items():
