@@ -67,7 +67,7 @@ def answer(folder: Path) -> str:
     """Load a checkpoint and answer one question about one image."""
     torch.set_num_threads(1)
     try:
-        engine = xgenmm.load(folder, device="cpu", max_num_seqs=1)
+        engine = xgenmm.load(folder, device="cpu", max_num_seqs=1, cache_bytes=64 << 20)
     except xgenmm.CheckpointError:
         raise
     except Exception as error:
@@ -107,7 +107,10 @@ def main() -> int:
     parser.add_argument("-v", "--verbose", action="store_true")
     options = parser.parse_args()
     write_undamaged()
-    right = {base: run(partial(answer, undamaged(base))).text for base in (False, True)}
+    undamaged_outcomes = {base: run(partial(answer, undamaged(base))) for base in (False, True)}
+    if any(outcome.ended != "returned" for outcome in undamaged_outcomes.values()):
+        raise RuntimeError(f"the undamaged checkpoints do not answer: {undamaged_outcomes}")
+    right = {base: outcome.text for base, outcome in undamaged_outcomes.items()}
     counts: dict[str, list[int]] = {}
     for case in all_cases():
         if options.only not in case.group:
