@@ -98,6 +98,8 @@ def test_cog_yaml_is_valid() -> None:
     )
     assert config["predict"] == "predict.py:Predictor"
     assert config["build"]["sdk_version"] == pins()["cog"] == SCHEMA["info"]["version"]
+    assert config["build"]["run"][-1].endswith(f" coglet=={pins()['coglet']}")
+    assert config["environment"] == [f"XGENMM_MODEL={DEFAULT_MODEL}"]
 
 
 def test_local_server_has_the_maximum_concurrency_of_the_image() -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.server.client import SECONDS, ask, assert_answers, data_url, example_image
+from tests.support.dockerignore import image_files
 from tests.support.paths import ROOT
 from tests.support.server import LocalServer, ServerError, serving
 
@@ -131,11 +132,11 @@ def test_error_names_a_url_that_cannot_be_read(server: LocalServer, file_server:
 
 
 def test_error_without_weights_says_which_command_downloads_them(tmp_path: Path) -> None:
-    # A copy of the code alone, as in an image that was built before the weights were there.
-    shutil.copytree(ROOT / "xgenmm", tmp_path / "xgenmm")
-    for name in ("predict.py", "cog_compat.py", "watchdog.py", "openapi.json", "scripts/serve"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy2(ROOT / name, tmp_path / name)
+    # What is in an image that was built before the weights were there, and what starts it.
+    for name in (*image_files(ROOT), "openapi.json", "scripts/serve"):
+        if not name.startswith("weights/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name)
     environment = {"XGENMM_MODEL": "", "XGENMM_HOME": str(tmp_path / "weights")}
     with (
         serving(environment, root=tmp_path) as started,
