@@ -48,7 +48,7 @@ from xgenmm.engine.sampling_params import MOST_BEAMS
 from xgenmm.preprocessing.data_url import decode_data_url
 from xgenmm.preprocessing.decoders import DecodeLimits, ImageDecoders
 from xgenmm.preprocessing.fetch import FetchLimits, start_fetch
-from xgenmm.preprocessing.prompts import parse_messages
+from xgenmm.preprocessing.prompts import parse_conversation
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 # Seconds for which text is joined. Cog sends an event, or a webhook with all text so far, for each
@@ -138,7 +138,7 @@ class Predictor(BasePredictor):
         images: list[Path] | None = Input(
             default=None,
             accept="image/*",
-            description="More images, for a question about several. They follow the first one in this order.",
+            description="More images, for a question about several. They come after image, in this order.",
         ),
         question: str = Input(
             default="",
@@ -176,7 +176,7 @@ class Predictor(BasePredictor):
             default=1,
             ge=1,
             le=8,
-            description="Number of beams for beam search. 1 turns it off and is fastest. More than 1 requires temperature 0, and the text arrives in one piece at the end.",
+            description="Number of beams for beam search. 1 turns it off and is fastest. With more, the text arrives in one piece at the end, temperature must be 0, and json_schema empty.",
         ),
         repetition_penalty: float = Input(
             default=1.0,
@@ -186,7 +186,7 @@ class Predictor(BasePredictor):
         ),
         stop_sequences: list[str] | None = Input(
             default=None,
-            description="Generation stops before the first of these strings. At most 16.",
+            description="The answer ends before the first of these texts. At most 16, none empty.",
         ),
         seed: int | None = Input(
             default=None,
@@ -195,15 +195,15 @@ class Predictor(BasePredictor):
         ),
         messages: list[dict[str, str]] | None = Input(
             default=None,
-            description='Earlier turns of the conversation, oldest first: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]. For a base model: few-shot examples. Images of earlier turns come first.',
+            description='Earlier turns of the conversation, oldest first: [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]. The last may be from the user, if question is empty. For a base model: few-shot examples. Images of earlier turns come before those of the question.',
         ),
         choices: list[str] | None = Input(
             default=None,
-            description="Answer with the most likely of these texts. The metric choices gives the probability of each.",
+            description="Answer with the most likely of these texts, which must differ. The metric choices gives the probability of each. The inputs for sampling and beam search have no effect, and json_schema must be empty.",
         ),
         json_schema: dict[str, Any] | None = Input(
             default=None,
-            description='Answer with JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}.',
+            description='Answer with JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}. It cannot be combined with choices or several beams.',
         ),
     ) -> ConcatenateIterator[str]:
         """Answer a question about images; yields the text as it is generated.
@@ -217,16 +217,25 @@ class Predictor(BasePredictor):
                 raise InputError(
                     "choices", "is empty; give the texts to choose from or leave it out"
                 )
+            system_prompt, turns, question = parse_conversation(
+                messages or (), question, system_prompt
+            )
+            if not question.strip() and image is None and not images:
+                raise InputError(
+                    "question",
+                    "is empty and there is no image; give one of the two, under these names: Cog "
+                    "ignores inputs of other names, such as prompt",
+                )
             request = Request(
                 question=question,
                 system_prompt=system_prompt,
-                messages=parse_messages(messages or ()),
+                messages=turns,
                 sampling=SamplingParams(
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     top_p=top_p,
                     top_k=top_k,
-                    num_beams=num_beams,
+                    num_beams=1 if choices else num_beams,  # choices are not searched for
                     repetition_penalty=repetition_penalty,
                     stop_sequences=tuple(stop_sequences or ()),
                     seed=seed,

@@ -219,6 +219,27 @@ def test_inputs_and_settings_reach_the_request(
     assert request.sampling == xgenmm.SamplingParams()
 
 
+def test_choices_need_no_settings_that_go_together(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine = Engine()
+    made = predictor(monkeypatch, engine)
+    inputs = {"question": "?", "choices": ["yes", "no"], "temperature": 1.0, "num_beams": 4}
+    next(start(made, loop, **inputs)[0])
+    assert engine.requests[0].choices == ("yes", "no")
+
+
+def test_conversation_in_messages_reaches_the_request(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine = Engine()
+    made = predictor(monkeypatch, engine)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    next(start(made, loop, messages=messages)[0])
+    (request,) = engine.requests
+    assert (request.system_prompt, request.messages, request.question) == ("Be brief.", (), "Hi")
+
+
 def test_cancel_while_waiting_for_text(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:

@@ -14,7 +14,7 @@ from xgenmm.preprocessing.prompts import (
     Prompt,
     chat_prompt,
     few_shot_prompt,
-    parse_messages,
+    parse_conversation,
 )
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
@@ -195,12 +195,41 @@ def test_special_token_does_not_form_across_segments(slow: Tokenizer) -> None:
 
 def test_valid_messages_are_parsed() -> None:
     raw = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]
-    assert parse_messages(raw) == (Message("user", "Hi"), Message("assistant", ""))
-    assert parse_messages([]) == ()
+    turns = (Message("user", "Hi"), Message("assistant", ""))
+    assert parse_conversation(raw, "?", "Be kind.") == ("Be kind.", turns, "?")
+    assert parse_conversation([], "?", "") == ("", (), "?")
 
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_whole_conversation_has_the_system_prompt_and_the_question() -> None:
+    turns = (Message("user", "Hi"), Message("assistant", "Hello"))
+    asked = USER | {"content": "What is it?"}
+    assert parse_conversation([SYSTEM, asked]) == ("Be brief.", (), "What is it?")
+    conversation = [SYSTEM, USER, ASSISTANT, asked]
+    assert parse_conversation(conversation, " ") == ("Be brief.", turns, "What is it?")
+    assert parse_conversation([SYSTEM, USER, ASSISTANT], "?") == ("Be brief.", turns, "?")
+
+
+@pytest.mark.parametrize(
+    ("raw", "question", "system_prompt", "expected"),
+    [
+        ([USER], "?", "", "message 1, the last, must be from assistant"),
+        ([SYSTEM, USER], "?", DEFAULT_SYSTEM_PROMPT, "message 2, the last, must be from assistant"),
+        ([SYSTEM, ASSISTANT], "", DEFAULT_SYSTEM_PROMPT, "message 2 must be from user, not assist"),
+        ([SYSTEM, USER, USER], "", DEFAULT_SYSTEM_PROMPT, "message 3 must be from assistant"),
+        ([USER, ASSISTANT, SYSTEM], "", "", "message 3 has the role system"),
+        ([SYSTEM, USER], "", "Be kind.", "message 1 has the role system, but system_prompt is giv"),
+    ],
+)
+def test_conversation_that_contradicts_other_inputs_is_rejected(
+    raw: list[Any], question: str, system_prompt: str, expected: str
+) -> None:
+    with pytest.raises(InputError, match=f"^messages: {expected}"):
+        parse_conversation(raw, question, system_prompt)
 
 
 @pytest.mark.parametrize(
@@ -216,19 +245,17 @@ ASSISTANT = {"role": "assistant", "content": "Hello"}
             "content of message 1 must be text, not l",
         ),
         ([{"role": "user", "content": None}], "content of message 1 must be text, not NoneType"),
-        ([{"role": "system", "content": "Hi"}], "message 1 has the role system: .* system_prompt"),
         ([{"role": "tool", "content": "Hi"}], "message 1 has the role 'tool', not user or assista"),
         ([{"role": ["user"], "content": "Hi"}], r"message 1 has the role \['user'\], not user or"),
         ([ASSISTANT], "message 1 must be from user, not assistant: turns alternate"),
         ([USER, USER], "message 2 must be from assistant, not user"),
         ([USER, ASSISTANT, ASSISTANT], "message 3 must be from user, not assistant"),
-        ([USER], "message 1, the last, must be from assistant"),
         ([USER, ASSISTANT | {"content": "\ud83e"}], "invalid Unicode"),
     ],
 )
 def test_invalid_messages_are_rejected(raw: list[Any], expected: str) -> None:
     with pytest.raises(InputError, match=f"^messages: .*{expected}"):
-        parse_messages(raw)
+        parse_conversation(raw)
 
 
 def test_prompts_check_the_order_of_turns(slow: Tokenizer, fast: Tokenizer) -> None:

@@ -38,6 +38,10 @@ def patterns(count: int) -> dict[str, Any]:
 
 INVALID_INPUTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "no question and no image": (lambda: {}, "question: "),
+    "question under another name": (
+        lambda: {"prompt": "What is it?"},
+        "Cog ignores inputs of other names, such as prompt",
+    ),
     "marker without an image": (lambda: {"question": "<image> What is it?"}, "1"),
     "one marker for two images": (
         lambda: {

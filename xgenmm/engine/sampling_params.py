@@ -16,7 +16,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.5, 3.0),
     "seed": (0, 2**63 - 1),
 }
-"""Inclusive range of each setting; `top_p` must also be above 0."""
+"""Inclusive range of each setting."""
 
 MAX_STOP_SEQUENCES = 16
 
@@ -26,7 +26,8 @@ class SamplingParams:
     """How one request samples its tokens. Raises `InputError` for a value out of range.
 
     temperature: 0 always takes the most likely token; `top_p` and `top_k` then have no effect.
-    top_p: sample from the smallest set of tokens whose probability reaches this; 1 is off.
+    top_p: sample from the smallest set of tokens whose probability reaches this; 1 is off, and 0
+        leaves the most likely token, so it sets `temperature` to 0.
     top_k: sample from this many most likely tokens; 0 is off.
     num_beams: width of the beam search; 1 is off; more needs temperature 0.
     repetition_penalty: above 1 makes tokens that were already generated less likely; 1 is off.
@@ -51,9 +52,7 @@ class SamplingParams:
         if self.seed is not None:
             _check_number("seed", self.seed, integer=True)
         if self.top_p == 0:
-            raise InputError(
-                "top_p", "must be above 0; set temperature to 0 for the most likely token"
-            )
+            object.__setattr__(self, "temperature", 0.0)
         if self.num_beams > 1 and self.temperature > 0:
             raise InputError(
                 "num_beams",

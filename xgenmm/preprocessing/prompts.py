@@ -51,28 +51,45 @@ class Prompt:
     spans: tuple[tuple[int, int], ...]
 
 
-def parse_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
+def parse_conversation(
+    raw: Sequence[Any], question: str = "", system_prompt: str = DEFAULT_SYSTEM_PROMPT
+) -> tuple[str, tuple[Message, ...], str]:
     """Validate earlier turns from a client, each `{"role": ..., "content": ...}`.
+
+    They may also be a whole conversation as in OpenAI's API: a first message from `system`, if
+    `system_prompt` is the default, and a last one from `user`, if `question` is empty.
+
+    Returns the system prompt, the earlier turns and the question.
 
     Raises:
         InputError: names `messages` and the offending message, counted from 1.
     """
-    messages = []
-    for number, item in enumerate(raw, start=1):
-        if not isinstance(item, dict):
-            kind = type(item).__name__
-            raise InputError("messages", f"message {number} must be an object, not {kind}")
-        if item.keys() != {"role", "content"}:
-            keys = ", ".join(map(str, item)) or "nothing"
-            raise InputError("messages", f"message {number} must have role and content, not {keys}")
-        if not isinstance(item["content"], str):
-            kind = type(item["content"]).__name__
+    messages = [_parse_message(item, number) for number, item in enumerate(raw, start=1)]
+    first, role = 1, str(messages[0].role) if messages else ""
+    if role == "system":
+        if system_prompt != DEFAULT_SYSTEM_PROMPT:
             raise InputError(
-                "messages", f"the content of message {number} must be text, not {kind}"
+                "messages", "message 1 has the role system, but system_prompt is given; give one"
             )
-        messages.append(Message(item["role"], item["content"]))
-    _check_turns(messages)
-    return tuple(messages)
+        system_prompt, first = messages.pop(0).content, 2
+    _check_order(messages, first)
+    if len(messages) % 2 and not question.strip():
+        question = messages.pop().content
+    _check_last(messages, first)
+    return system_prompt, tuple(messages), question
+
+
+def _parse_message(item: Any, number: int) -> Message:
+    if not isinstance(item, dict):
+        kind = type(item).__name__
+        raise InputError("messages", f"message {number} must be an object, not {kind}")
+    if item.keys() != {"role", "content"}:
+        keys = ", ".join(map(str, item)) or "nothing"
+        raise InputError("messages", f"message {number} must have role and content, not {keys}")
+    if not isinstance(item["content"], str):
+        kind = type(item["content"]).__name__
+        raise InputError("messages", f"the content of message {number} must be text, not {kind}")
+    return Message(item["role"], item["content"])
 
 
 def request_prompt(
@@ -206,7 +223,12 @@ def _insert_images(text: str, image_tokens: Sequence[Segment]) -> list[Segment]:
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    for number, message in enumerate(messages, start=1):
+    _check_order(messages)
+    _check_last(messages)
+
+
+def _check_order(messages: Sequence[Message], first: int = 1) -> None:
+    for number, message in enumerate(messages, start=first):
         role: str = message.role
         if role == "system":
             raise InputError(
@@ -216,7 +238,7 @@ def _check_turns(messages: Sequence[Message]) -> None:
             raise InputError(
                 "messages", f"message {number} has the role {role!r}, not user or assistant"
             )
-        expected = "user" if number % 2 else "assistant"
+        expected = "assistant" if (number - first) % 2 else "user"
         if role != expected:
             raise InputError(
                 "messages",
@@ -224,11 +246,14 @@ def _check_turns(messages: Sequence[Message]) -> None:
                 "starting with user",
             )
         _check_text("messages", message.content)
+
+
+def _check_last(messages: Sequence[Message], first: int = 1) -> None:
     if len(messages) % 2:
         raise InputError(
             "messages",
-            f"message {len(messages)}, the last, must be from assistant: put the user's next turn "
-            "into question",
+            f"message {len(messages) + first - 1}, the last, must be from assistant: put the "
+            "user's next turn into question",
         )
 
 
