@@ -24,7 +24,7 @@ from jsonschema.exceptions import best_match
 from jsonschema.validators import validator_for
 from llguidance import LLMatcher, LLParserLimits
 
-from xgenmm.errors import InputError
+from xgenmm.errors import InputError, printable
 
 Schema = dict[str, Any]
 
@@ -41,8 +41,8 @@ _KEYWORDS = {
 }
 _SCHEMA_LISTS = {"allOf", "anyOf", "oneOf", "items", "prefixItems"}
 _SCHEMA_MAPS = {"$defs", "definitions", "patternProperties", "properties"}
-_MINIMUM_COUNTS = ("minItems", "minLength", "minProperties")
-_COUNTS = (*_MINIMUM_COUNTS, "maxItems", "maxLength", "maxProperties")
+_MINIMUM_COUNTS = {"minItems", "minLength", "minProperties"}
+_COUNTS = {*_MINIMUM_COUNTS, "maxItems", "maxLength", "maxProperties"}
 
 # `Detokenizer` drops the leading space. Without `no_forcing`, llguidance would choose the tokens of
 # text that has no alternative, for which it needs the encoder.
@@ -92,22 +92,25 @@ class SchemaLimits:
 
 def lark_grammar(schema: Schema) -> str:
     """The grammar of an enforceable schema, in the form that llguidance takes."""
-    return LLMatcher.grammar_from_lark(_GRAMMAR + json.dumps(schema | {"x-guidance": _STYLE}))
+    text = json.dumps(schema | {"x-guidance": _STYLE}, ensure_ascii=False)
+    return LLMatcher.grammar_from_lark(_GRAMMAR + text)
 
 
-def enforceable(schema: Schema, limits: SchemaLimits) -> Schema:
-    """A schema that llguidance enforces fully, and whose documents all conform to `schema`.
+def enforceable(text: str | bytes, limits: SchemaLimits) -> Schema:
+    """A schema that llguidance enforces fully, and whose documents all conform to the one given.
 
-    Raises InputError if `schema` is not a JSON schema (of the draft that `$schema` names, by
-    default 2020-12), exceeds a limit, or has a part that cannot be enforced.
+    text: the schema as JSON.
+
+    Raises InputError if it is not a JSON schema (of the draft that `$schema` names, by default
+    2020-12), exceeds a limit, or has a part that cannot be enforced.
     """
-    schema = json.loads(json.dumps(schema))
+    schema: Schema = json.loads(text)
     draft = validator_for(schema, default=Draft202012Validator)
     draft = Draft202012Validator if draft is Draft3Validator else draft
     error = best_match(islice(draft(draft.META_SCHEMA).iter_errors(schema), _MAX_ERRORS))
     if error is not None:
-        path, message = error.json_path, _shorten(error.message, _REASON_LENGTH)
-        path = _shorten(path, _PATH_LENGTH)
+        path = printable(error.json_path, _PATH_LENGTH)
+        message = printable(error.message, _REASON_LENGTH)
         raise InputError("json_schema", f"is not a valid schema at {path}: {message}")
     parts, multiple = list(_parts(schema, "$")), 1
     targets = {id(part) for _, part in parts}
@@ -122,6 +125,8 @@ def enforceable(schema: Schema, limits: SchemaLimits) -> Schema:
             or _round_bounds(part)
         ):
             raise cannot_enforce(path, reason)
+        for keyword in _COUNTS & part.keys():
+            part[keyword] = int(part[keyword])  # from 3.0, which llguidance rejects
     if reason := _rejection(schema):
         raise cannot_enforce(_rejected_path(schema, reason), reason)
     return schema
@@ -129,13 +134,8 @@ def enforceable(schema: Schema, limits: SchemaLimits) -> Schema:
 
 def cannot_enforce(path: str, reason: str) -> InputError:
     """The error for a part of a schema; long texts are cut."""
-    path, reason = _shorten(path, _PATH_LENGTH), _shorten(reason, _REASON_LENGTH)
+    path, reason = printable(path, _PATH_LENGTH), printable(reason, _REASON_LENGTH)
     return InputError("json_schema", f"cannot be enforced at {path}: {reason}")
-
-
-def _shorten(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
 
 
 def _parts(schema: Any, path: str) -> Iterator[tuple[str, Schema]]:
@@ -200,13 +200,11 @@ def _exceeded(part: Schema, limits: SchemaLimits) -> str:
         for count in re.findall(r"\d+", " ".join(re.findall(r"\{[\d, ]*\}", pattern))):
             if len(count) > 9 or int(count) > limits.repeat:
                 return f"a repeat of {count} in a pattern; at most {limits.repeat} is allowed"
-    for keyword in _COUNTS:
+    for keyword in _COUNTS & part.keys():
         # A high maximum costs nothing.
         largest = limits.repeat if keyword in _MINIMUM_COUNTS else _LARGEST
-        if part.get(keyword, 0) > largest:
+        if part[keyword] > largest:
             return f"{keyword} {part[keyword]}; at most {largest} is allowed"
-        if keyword in part:
-            part[keyword] = int(part[keyword])  # from 3.0, which llguidance rejects
     return ""
 
 

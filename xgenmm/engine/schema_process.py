@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import NamedTuple
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from xgenmm.engine.json_schema import (
     PARSER_LIMITS,
-    Schema,
     SchemaLimits,
     cannot_enforce,
     enforceable,
@@ -60,6 +59,13 @@ class Vocabulary:
         )
 
 
+class CheckedSchema(NamedTuple):
+    """grammar: for llguidance. refusal: why there is none; empty if there is one."""
+
+    grammar: str = ""
+    refusal: str = ""
+
+
 class SchemaProcess:
     """The process, started with the first check. Thread-safe; checks wait for each other."""
 
@@ -70,31 +76,21 @@ class SchemaProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def check(self, text: str) -> Schema:
-        """What `enforceable` makes of a schema, given as JSON, if a document can follow it.
-
-        Raises:
-            InputError: as `enforceable` does, or the check takes too much time or memory.
-            EngineError: the process does not start.
-        """
+    def check(self, text: str) -> CheckedSchema:
+        """Check a schema, given as JSON. Raises EngineError if the process does not start."""
         with self._lock:
             connection = self._running()
             try:
                 connection.send_bytes(text.encode())
                 if not connection.poll(self._limits.seconds / CPU_SHARE):
                     raise EOFError
-                reply: dict[str, Any] = json.loads(connection.recv_bytes())
+                return CheckedSchema(*json.loads(connection.recv_bytes()))
             except (EOFError, OSError):
                 self._stop()
-                raise InputError(
-                    "json_schema",
-                    f"takes more than {self._limits.seconds:g} s or {self._limits.memory >> 20} MB "
-                    "to check, or nests too deeply; make it simpler",
-                ) from None
-        if "error" in reply:
-            raise InputError("json_schema", reply["error"])
-        schema: Schema = reply["schema"]
-        return schema
+        return CheckedSchema(
+            refusal=f"takes more than {self._limits.seconds:g} s or "
+            f"{self._limits.memory >> 20} MB to check, or nests too deeply; make it simpler"
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -140,7 +136,7 @@ def _end(connection: Connection, process: subprocess.Popen[bytes]) -> None:
 
 
 def _main(descriptor: int) -> None:
-    """Run the process: answer each schema with an enforceable one or with an error."""
+    """Run the process: answer each schema with a `CheckedSchema`, as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(NICENESS)
@@ -149,7 +145,7 @@ def _main(descriptor: int) -> None:
     tokenizer = vocabulary.tokenizer()
     blank = sum(1 << i for i, text in enumerate(vocabulary.texts) if not text.strip())
     threading.stack_size(STACK_BYTES)
-    sys.setrecursionlimit(10_000)
+    sys.setrecursionlimit(10_000)  # jsonschema needs several frames for each level
     _limit_memory(limits.memory)
     connection.send_bytes(b"ready")
 
@@ -158,9 +154,9 @@ def _main(descriptor: int) -> None:
             while True:
                 text = connection.recv_bytes()
                 signal.setitimer(signal.ITIMER_PROF, limits.seconds)
-                reply = _reply(text, tokenizer, ~blank, limits)
+                checked = _check(text, tokenizer, ~blank, limits)
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                connection.send_bytes(json.dumps(reply).encode())
+                connection.send_bytes(json.dumps(checked).encode())
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -174,23 +170,23 @@ def _limit_memory(growth: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _reply(
+def _check(
     text: bytes, tokenizer: LLTokenizer, visible: int, limits: SchemaLimits
-) -> dict[str, Any]:
+) -> CheckedSchema:
     """visible: a bit for each token that is more than white space."""
     try:
-        schema = enforceable(json.loads(text), limits)
-        matcher = LLMatcher(tokenizer, lark_grammar(schema), log_level=0, limits=PARSER_LIMITS)
+        grammar = lark_grammar(enforceable(text, limits))
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=PARSER_LIMITS)
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_error():
             raise cannot_enforce("$", f"it is too complex ({matcher.get_error()})")
         if not mask & visible:
             raise cannot_enforce("$", "no document conforms to it")
     except InputError as error:
-        return {"error": str(error).removeprefix(f"{error.name}: ")}
+        return CheckedSchema(refusal=str(error).removeprefix(f"{error.name}: "))
     except (AttributeError, TypeError, ValueError, RecursionError) as problem:
-        return {"error": f"must be a JSON schema as an object ({problem})"}
-    return {"schema": schema}
+        return CheckedSchema(refusal=f"must be a JSON schema as an object ({problem})")
+    return CheckedSchema(grammar)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Structured output: from a JSON schema to a mask of the tokens that may come next.
 
 Knows nothing about models, requests or sampling. llguidance does the parsing. This module gives it
-the bytes of each token as `Detokenizer` renders them, and schemas that were found enforceable and
-harmless in another process. Masks are computed in threads of their own, so that a schema whose
-masks are slow delays nobody else's tokens.
+the bytes of each token as `Detokenizer` renders them, and schemas that another process has found
+enforceable and cheap enough. Masks are computed in threads of their own, so that a schema whose
+masks are slow delays only its own answer.
 
 A number stops after 15 characters if it may: more are not exact in most JSON parsers.
 """
@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from operator import attrgetter
 from typing import Any
 
 import cachetools
@@ -22,8 +23,14 @@ import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
-from xgenmm.engine.json_schema import PARSER_LIMITS, SchemaLimits, cannot_enforce, lark_grammar
-from xgenmm.engine.schema_process import NICENESS, STACK_BYTES, SchemaProcess, Vocabulary
+from xgenmm.engine.json_schema import PARSER_LIMITS, SchemaLimits, cannot_enforce
+from xgenmm.engine.schema_process import (
+    NICENESS,
+    STACK_BYTES,
+    CheckedSchema,
+    SchemaProcess,
+    Vocabulary,
+)
 from xgenmm.errors import InputError
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
@@ -61,9 +68,8 @@ class GrammarCompiler:
         self._process = SchemaProcess(vocabulary, limits)
         self.mask_threads = _thread_pool(max(2, min(MAX_MASK_THREADS, os.cpu_count() or 1)))
         self._build_threads = _thread_pool(BUILD_THREADS)
-        # Of each schema the grammar, or why there is none.
-        self._checked: cachetools.LRUCache[str, tuple[str, str]] = cachetools.LRUCache(MAX_SCHEMAS)
-        self._cache_lock, self._check_lock = threading.Lock(), threading.Lock()
+        self._checked: cachetools.LRUCache[str, CheckedSchema] = cachetools.LRUCache(MAX_SCHEMAS)
+        self._condition = threading.Condition()
         # [vocab]
         self.lengthens_number = torch.tensor([bool(_NUMBER & {*text[:1]}) for text in texts])
 
@@ -73,12 +79,7 @@ class GrammarCompiler:
         Raises InputError if `schema` is not a JSON schema (of the draft that `$schema` names, by
         default 2020-12), exceeds one of the limits, or cannot be enforced in a part.
         """
-        text = _json(schema, self.limits)
-        checked = self._cached(text)
-        if checked is None:
-            with self._check_lock:
-                checked = self._cached(text) or self._check(text)
-        grammar, refusal = checked
+        grammar, refusal = self._check(_compact_json(schema, self.limits))
         if refusal:
             raise InputError("json_schema", refusal)
 
@@ -91,18 +92,9 @@ class GrammarCompiler:
         """End the process that checks schemas; it starts again if it is needed."""
         self._process.close()
 
-    def _cached(self, text: str) -> tuple[str, str] | None:
-        with self._cache_lock:
-            return self._checked.get(text)
-
-    def _check(self, text: str) -> tuple[str, str]:
-        try:
-            checked = lark_grammar(self._process.check(text)), ""
-        except InputError as error:
-            checked = "", str(error).removeprefix(f"{error.name}: ")
-        with self._cache_lock:
-            self._checked[text] = checked
-        return checked
+    @cachetools.cachedmethod(attrgetter("_checked"), condition=attrgetter("_condition"))
+    def _check(self, text: str) -> CheckedSchema:
+        return self._process.check(text)
 
 
 class Grammar:
@@ -186,7 +178,7 @@ def _lower_priority() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
-def _json(schema: Mapping[str, Any], limits: SchemaLimits) -> str:
+def _compact_json(schema: Mapping[str, Any], limits: SchemaLimits) -> str:
     """A schema as compact JSON. Stops at the first excess, so that no schema takes long.
 
     Raises InputError if a limit is exceeded or `schema` is not a JSON object.
@@ -199,24 +191,24 @@ def _json(schema: Mapping[str, Any], limits: SchemaLimits) -> str:
         if isinstance(value, str):
             length += len(value)
         elif isinstance(value, Mapping | list | tuple):
-            _check("values", values + len(stack) + len(value), limits.values)
-            _check("nested objects and lists", depth + 1, limits.depth)
+            _check_limit("values", values + len(stack) + len(value), limits.values)
+            _check_limit("nested objects and lists", depth + 1, limits.depth)
             nested = value
             if isinstance(value, Mapping):
                 length += sum(len(str(name)) for name in value)
                 nested = [*value.values()]
             stack.extend((item, depth + 1) for item in nested)
-        _check("characters", length, limits.length)
+        _check_limit("characters", length, limits.length)
     try:
         text = json.dumps({**schema}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         text.encode()
     except (TypeError, ValueError) as problem:
         raise InputError("json_schema", f"must be a JSON schema as an object ({problem})") from None
-    _check("characters", len(text), limits.length)
+    _check_limit("characters", len(text), limits.length)
     return text
 
 
-def _check(what: str, count: int, limit: int) -> None:
+def _check_limit(what: str, count: int, limit: int) -> None:
     if count > limit:
         raise InputError(
             "json_schema",
