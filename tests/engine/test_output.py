@@ -76,16 +76,15 @@ def test_request_ends_when_its_sink_says_so() -> None:
     assert usage.tokens_per_second > 0
 
 
-@pytest.mark.parametrize(("finished", "reason"), [(True, "end"), (False, "length")])
-def test_grammar_follows_the_tokens(finished: bool, reason: str) -> None:
-    """At the token limit, the reason says whether the JSON is whole."""
+def test_grammar_follows_the_tokens_up_to_the_limit() -> None:
+    """Nothing waits for the mask that tells whether the JSON is complete."""
     case = Fixture(max_tokens=3)
     advanced: list[int] = []
-    case.request.grammar = cast(Any, SimpleNamespace(finished=finished, advance=advanced.append))
-    for token_id in (7, 8, 9):
+    case.request.grammar = cast(Any, SimpleNamespace(advance=advanced.append))
+    for token_id in (7, 8, 9, 10):
         case.output.append_token(case.request, token_id)
     assert advanced == case.sink.token_ids == [7, 8, 9]
-    assert case.sink.ends == [(reason, None)]
+    assert case.sink.ends == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import psutil
 import pytest
 import torch
 
+import xgenmm
 from tests.support.paths import DEMO
+from xgenmm import Request, SamplingParams
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.engine.json_schema import SchemaLimits
 from xgenmm.engine.schema_process import SchemaProcess
@@ -365,6 +367,25 @@ def test_schema_beyond_a_limit_is_rejected(
     with pytest.raises(InputError) as refused:
         compiler.compile(schema)
     assert message in str(refused.value)
+
+
+def test_stop_reason_says_whether_the_json_is_complete() -> None:
+    engine = xgenmm.load(str(DEMO), device="cpu")
+    schema = {"const": {"kind": "shapes", "colors": ["red", "blue"]}}
+
+    def ask(limit: int) -> tuple[str, xgenmm.Usage]:
+        sampling = SamplingParams(max_new_tokens=limit)
+        answer = engine.stream(Request("What?", sampling=sampling, json_schema=schema))
+        return answer.text(), answer.usage
+
+    text, usage = ask(100)
+    assert (json.loads(text), usage.stop_reason) == (schema["const"], "end")
+    assert ask(usage.output_tokens)[0] == text
+    assert ask(usage.output_tokens)[1].stop_reason == "end"
+    beginning, cut = ask(usage.output_tokens - 1)
+    assert (cut.stop_reason, cut.output_tokens) == ("length", usage.output_tokens - 1)
+    assert text.startswith(beginning)
+    engine.close()
 
 
 SLOW = {"patternProperties": {f"^k{i}$": {"type": "null"} for i in range(900)}}

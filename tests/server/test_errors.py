@@ -108,6 +108,21 @@ def test_error_names_the_invalid_input_and_the_next_request_works(
     assert_answers(server)
 
 
+HEAVY_SCHEMAS: dict[str, dict[str, Any]] = {
+    "8,000 required names": {"type": "object", "required": [f"key{i}" for i in range(8_000)]},
+    "10,000 properties": {"properties": {f"key{i}": {"type": "integer"} for i in range(10_000)}},
+    "1,500 references": references(1_500),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY_SCHEMAS)
+def test_server_survives_a_heavy_schema(server: LocalServer, name: str) -> None:
+    """It is answered or refused, depending on how fast the machine is."""
+    prediction = ask(server, question="?", json_schema=HEAVY_SCHEMAS[name], max_new_tokens=5)
+    assert prediction["status"] == "succeeded" or "json_schema: " in prediction["error"]
+    assert_answers(server)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -109,7 +109,7 @@ class EngineCore:
             self.output.finish(request, "timeout")
 
     def _await_grammars(self) -> None:
-        """Wait a moment for the masks of grammars, and finish the requests whose JSON is complete.
+        """Wait a moment for the masks of grammars, and finish requests that need no next token.
 
         Requests whose masks take longer are left out of the next step, unless it has no others.
         """
@@ -122,8 +122,12 @@ class EngineCore:
         if len(grammars) == len(self.scheduler.running):
             wait(computations, IDLE_SECONDS, FIRST_COMPLETED)
         for request in requests:
-            if request.grammar is not None and request.grammar.ready and request.grammar.finished:
+            if request.grammar is None or not request.grammar.ready:
+                continue
+            if request.grammar.finished:
                 self.output.finish(request, "end")
+            elif len(request.output_token_ids) == request.max_tokens:
+                self.output.finish(request, "length")
 
     def _prepare(self, step: Step) -> None:
         """Set up the rows of the step's requests."""

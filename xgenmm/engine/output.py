@@ -31,9 +31,11 @@ class OutputProcessor:
     def append_token(self, request: EngineRequest, token_id: int) -> None:
         """Pass the next token on, and finish the request if it is complete.
 
-        A request that has finished in the meantime gets no more tokens.
+        A request that has finished in the meantime gets no more tokens. One with a grammar is not
+        finished at its limit: that the JSON is complete is known only with the next mask.
         """
-        if request not in self.unfinished:
+        at_limit = len(request.output_token_ids) == request.max_tokens
+        if at_limit or request not in self.unfinished:
             return
         usage = request.usage
         if not request.output_token_ids:
@@ -43,9 +45,9 @@ class OutputProcessor:
         if request.grammar is not None:
             request.grammar.advance(token_id)
         reason = request.sink.token(token_id)
-        if reason is None and len(request.output_token_ids) == request.max_tokens:
-            finished = request.grammar is not None and request.grammar.finished
-            reason = "end" if finished else "length"
+        at_limit = len(request.output_token_ids) == request.max_tokens
+        if reason is None and at_limit and request.grammar is None:
+            reason = "length"
         if reason is not None:
             self.finish(request, reason)
 

@@ -86,7 +86,9 @@ class GrammarCompiler:
         def build() -> LLMatcher:
             return LLMatcher(self._tokenizer, grammar, log_level=0, limits=PARSER_LIMITS)
 
-        return Grammar(self, self._build_threads.submit(build).result())
+        answer = Grammar(self, self._build_threads.submit(build).result())
+        wait([answer.computation])  # here rather than in the engine's thread
+        return answer
 
     def close(self) -> None:
         """End the process that checks schemas; it starts again if it is needed."""
