@@ -112,13 +112,17 @@ def _prediction_folder() -> Path | None:
 def remove_old_folders(folders: Path = FOLDERS, age: float = OLD_SECONDS) -> None:
     """Remove the folders of predictions that ended before `predict` or with their worker.
 
+    Those of ids with a slash lie within each other.
+
     age: in seconds; younger ones stay.
     """
-    with suppress(OSError):
-        for folder in folders.iterdir():
-            with suppress(OSError):  # removed meanwhile
-                if time.time() - folder.stat().st_mtime > age:
-                    _remove_folder(folder)
+    old = []
+    for path, _, _ in os.walk(folders, topdown=False):
+        with suppress(OSError):  # removed meanwhile
+            if time.time() - Path(path).stat().st_mtime > age and Path(path) != folders:
+                old.append(Path(path))
+    for folder in old:
+        _remove_folder(folder)
 
 
 def _remove_folder(folder: Path | None) -> None:

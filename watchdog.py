@@ -16,7 +16,7 @@ import signal
 import sys
 from contextlib import suppress
 
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 1.0
 
 
 def main() -> None:

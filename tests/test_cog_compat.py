@@ -68,13 +68,13 @@ def test_slots_are_not_lost_if_the_server_works_or_has_free_ones(
 
 
 def test_old_folders_are_removed_but_no_other_files(tmp_path: Path) -> None:
-    for name in ("ended", "killed", "other"):
+    for name in ("ended", "killed", "other", "an/id/with slashes"):
         for part in ("inputs", "outputs"):
             (tmp_path / name / part).mkdir(parents=True)
     (tmp_path / "killed" / "inputs" / "spill_1.json").touch()
     (tmp_path / "other" / "outputs" / "0.png").touch()
     remove_old_folders(tmp_path, age=1000)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     remove_old_folders(tmp_path, age=-1)
     assert list(tmp_path.rglob("*.*")) == [tmp_path / "other" / "outputs" / "0.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["other"]

@@ -1,11 +1,16 @@
-"""What the processes of a server use: memory, open files, threads."""
+"""What the processes of a server use: memory, open files, threads, temporary files."""
 
+import os
 import threading
+import time
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from types import TracebackType
 
 import psutil
+
+from cog_compat import FOLDERS
 
 MOST_MEMORY = 5 << 30
 PERIOD_SECONDS = 0.2
@@ -13,24 +18,67 @@ PERIOD_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Usage:
-    """Sums over the processes of a server. memory: resident, in bytes."""
+    """Sums over the processes of a server.
+
+    memory: in bytes, beyond that after the start of the server, which depends on how much of the
+        machine's memory is free then.
+    """
 
     processes: int
     memory: int
     files: int
     threads: int
+    temporary_files: int
+
+    def is_within(self, other: "Usage", growth: "Usage") -> bool:
+        """Whether nothing is more than in `other` by more than `growth`."""
+        rows = zip(astuple(self), astuple(other), astuple(growth), strict=True)
+        return all(mine <= its + more for mine, its, more in rows)
 
 
-def usage(server: int) -> Usage:
-    """What a process and its descendants use now."""
-    found = []
+class Meter:
+    """Measures what a server uses.
+
+    server: process id of its supervisor.
+    folder: its TMPDIR.
+    """
+
+    def __init__(self, server: int, folder: Path) -> None:
+        self._server, self._folder = server, folder
+        self._since = time.time()
+        self.set_start()
+
+    def set_start(self) -> None:
+        """The server has just started; its memory counts from here."""
+        self._start = _processes_usage(self._server).memory
+
+    def measure(self) -> Usage:
+        """What the server uses now."""
+        used = _processes_usage(self._server)
+        return replace(
+            used, memory=used.memory - self._start, temporary_files=self._temporary_files()
+        )
+
+    def _temporary_files(self) -> int:
+        """Number of files and folders of the server and, new ones only, of Cog."""
+        count = sum(len(folders) + len(files) for _, folders, files in os.walk(self._folder))
+        for path, folders, files in os.walk(FOLDERS):
+            for name in (*folders, *files):
+                with suppress(OSError):  # removed meanwhile
+                    count += (Path(path) / name).lstat().st_mtime > self._since
+        return count
+
+
+def _processes_usage(server: int) -> Usage:
+    found = [Usage(0, 0, 0, 0, 0)]
     for process in _tree(server):
         try:
             with process.oneshot():
-                sizes = process.memory_info().rss, process.num_fds(), process.num_threads()
+                memory = process.memory_full_info().pss  # counts each shared page once
+                sizes = memory, process.num_fds(), process.num_threads()
         except psutil.Error:  # it has ended
             continue
-        found.append(Usage(1, *sizes))
+        found.append(Usage(1, *sizes, temporary_files=0))
     return Usage(*map(sum, zip(*map(astuple, found), strict=True)))
 
 

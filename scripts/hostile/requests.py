@@ -35,9 +35,9 @@ class Reply:
     body: bytes = b""
 
     def prediction(self) -> dict[str, Any]:
-        """The prediction that is the body; empty if it is something else."""
+        """The prediction that is the body, or its last event; empty if it is something else."""
         try:
-            value = json.loads(self.body)
+            value = json.loads(self.body.rpartition(b"\ndata: ")[2])
         except ValueError:
             return {}
         return value if isinstance(value, dict) else {}
@@ -99,11 +99,13 @@ def predict(inputs: dict[str, Any] | Callable[[], dict[str, Any]]) -> Send:
     return send
 
 
-def post(url: str, body: bytes, seconds: float = SECONDS) -> Reply:
+def post(
+    url: str, body: bytes, seconds: float = SECONDS, headers: dict[str, str] | None = None
+) -> Reply:
     """Post a JSON body, again while the server is full."""
     deadline = time.monotonic() + seconds
     while True:
-        reply = request(url, "POST", "/predictions", body, seconds=deadline - time.monotonic())
+        reply = request(url, "POST", "/predictions", body, headers, deadline - time.monotonic())
         if reply.status != http.client.CONFLICT:
             return reply
         time.sleep(0.01)
