@@ -238,7 +238,7 @@ CLIENTS: dict[str, tuple[Send, Expected]] = {
 
 
 def protocol_cases() -> Iterator[Case]:
-    """Yield all cases; those after which the server starts again are last."""
+    """Yield all cases."""
 
     def posts(content: bytes) -> Send:
         return lambda url: post(url, content)
@@ -260,9 +260,10 @@ def protocol_cases() -> Iterator[Case]:
     for name, prediction_id in IDS.items():
         yield Case("protocol: ids", name, put(prediction_id), "either")
     for name, prediction_id in FATAL_IDS.items():
-        yield Case("protocol: ids", name, put(prediction_id), "refuse")
-    yield Case("protocol: ids", "16 of 300 characters", _lose_slots, "any", recovery=60, kills=True)
-    yield Case("protocol: clients", "POST /shutdown", _shuts_down, "any", kills=True)
+        yield Case("protocol: ids", name, put(prediction_id), "refuse", costs="slot")
+    name = "16 of 300 characters"
+    yield Case("protocol: ids", name, _lose_slots, "any", recovery=60, costs="server")
+    yield Case("protocol: shutdown", "POST /shutdown", _shuts_down, "any", costs="server")
 
 
 def _lose_slots(url: str) -> Reply:

@@ -55,7 +55,8 @@ class Case:
     expected: `any` also allows that the connection is closed without a reply.
     names: the input that an error must name; empty if there is none.
     recovery: seconds within which the next normal request must be right.
-    kills: whether the server may end, to be started again by its supervisor, or lose slots.
+    costs: what the server loses: a slot, until it starts again, or all of them, or itself, so that
+        its supervisor starts it again.
     """
 
     group: str
@@ -64,7 +65,7 @@ class Case:
     expected: Expected = "refuse"
     names: str = ""
     recovery: float = 10.0
-    kills: bool = False
+    costs: Literal["", "slot", "server"] = ""
 
 
 def problem(case: Case, reply: Reply) -> str:
@@ -106,7 +107,7 @@ def post(
     deadline = time.monotonic() + seconds
     while True:
         reply = request(url, "POST", "/predictions", body, headers, deadline - time.monotonic())
-        if reply.status != http.client.CONFLICT:
+        if reply.status != http.client.CONFLICT or time.monotonic() > deadline:
             return reply
         time.sleep(0.01)
 

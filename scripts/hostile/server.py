@@ -13,6 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from scripts.hostile.address_cases import ADDRESSES, BEHAVIORS, HANGING, PRIVATE, hostile_server
@@ -108,8 +109,14 @@ def address_cases(port: int) -> Iterator[Case]:
 def run_cases(
     cases: Iterable[Case], environment: Mapping[str, str], checkout: Path
 ) -> Iterator[Outcome]:
-    """Run cases one by one, with a new server whenever one is broken."""
-    waiting = deque(cases)
+    """Run cases one by one, with a new server for each class and whenever one is broken."""
+    for _, group in groupby(cases, key=lambda case: case.group):
+        yield from _run_group(deque(group), environment, checkout)
+
+
+def _run_group(
+    waiting: deque[Case], environment: Mapping[str, str], checkout: Path
+) -> Iterator[Outcome]:
     while waiting:
         with serving(environment, checkout) as server:
             server.wait_ready(LOAD_SECONDS)

@@ -28,7 +28,7 @@ from scripts.hostile.soak_clients import KILLED, UNEXPECTED, Attempt, Mix
 from scripts.local_server import LocalServer, serving
 
 CLIENTS = 12
-SLOW_SECONDS = 0.3  # cases that take longer are drawn rarely
+SLOW_SECONDS = 0.3
 RECOVERY_SECONDS = 10.0
 SETTLE_SECONDS = 100.0  # what a killed worker left on the disk is removed once it is a minute old
 IDLE_SECONDS = 12.0  # in which idle threads of Cog's server end
@@ -81,16 +81,16 @@ def _soak(server: LocalServer, port: int, folder: Path, count: int, kills: int) 
 
 
 def _warm_up(url: str, port: int) -> Mix:
-    """Send each kind of request once, to know which are slow."""
+    """Send each kind of request once, to know which are slow; these will be rare."""
     hostile: list[Case] = []
     slow: list[Case] = []
     for case in all_cases(port):
-        if case.kills or case.group == PRIVATE_GROUP:
+        if case.costs == "server" or case.group == PRIVATE_GROUP:
             continue
         started = time.monotonic()
         if wrong := outcome_of(case, url):
             raise RuntimeError(f"{case.group}, {case.name}: {wrong}")
-        is_slow = time.monotonic() - started > SLOW_SECONDS
+        is_slow = case.costs or time.monotonic() - started > SLOW_SECONDS
         (slow if is_slow else hostile).append(case)
     return Mix([*EXAMPLES, *learn(url)], hostile, slow)
 
