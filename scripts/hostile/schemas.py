@@ -35,7 +35,7 @@ from xgenmm.preprocessing.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "weights" / "demo"
 SECONDS = 20.0
-STACK_BYTES = 2 << 20  # of Cog's threads
+STACK_BYTES = 3 << 19  # of Cog's 2 MB; with it, a case overflows it where it does in Cog's worker
 MAX_TOKENS = 150
 SLOWEST_MASK = 0.1  # seconds
 
