@@ -74,7 +74,7 @@ def _processes_usage(server: int) -> Usage:
     for process in _tree(server):
         try:
             with process.oneshot():
-                memory = process.memory_full_info().pss  # counts each shared page once
+                memory = process.memory_full_info().uss  # not shared with other processes
                 sizes = memory, process.num_fds(), process.num_threads()
         except psutil.Error:  # it has ended
             continue
