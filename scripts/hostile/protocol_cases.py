@@ -262,8 +262,9 @@ def protocol_cases() -> Iterator[Case]:
     for name, prediction_id in FATAL_IDS.items():
         yield Case("protocol: ids", name, put(prediction_id), "refuse", costs="slot")
     name = "16 of 300 characters"
-    yield Case("protocol: ids", name, _lose_slots, "any", recovery=60, costs="server")
-    yield Case("protocol: shutdown", "POST /shutdown", _shuts_down, "any", costs="server")
+    yield Case("protocol: ids", name, _lose_slots, "any", recovery=90, costs="server")
+    name = "POST /shutdown"
+    yield Case("protocol: shutdown", name, _shuts_down, "any", recovery=30, costs="server")
 
 
 def _lose_slots(url: str) -> Reply:
