@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import psutil
@@ -95,12 +96,14 @@ def test_file_that_takes_too_much_memory_is_refused(decoders: ImageDecoders) -> 
     assert_decodes(decoders)
 
 
-def test_process_that_died_is_replaced(decoders: ImageDecoders) -> None:
-    assert_decodes(decoders)
-    (process,) = psutil.Process().children()
-    process.kill()
-    process.wait()
-    assert_decodes(decoders)
+def test_process_that_died_is_replaced() -> None:
+    before = psutil.Process().children()
+    with closing(ImageDecoders(TILING, TILE_SIZE, LIMITS)) as decoders:
+        assert_decodes(decoders)
+        (process,) = set(psutil.Process().children()) - set(before)
+        process.kill()
+        process.wait()
+        assert_decodes(decoders)
 
 
 def test_closing_ends_the_processes() -> None:
