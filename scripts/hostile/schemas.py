@@ -34,7 +34,7 @@ from xgenmm.errors import InputError
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "weights" / "demo"
-SECONDS = 20.0
+SECONDS = 60.0
 STACK_BYTES = 3 << 19  # of Cog's 2 MB; with it, a case overflows it where it does in Cog's worker
 MAX_TOKENS = 150
 SLOWEST_MASK = 0.1  # seconds
