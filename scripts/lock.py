@@ -41,9 +41,9 @@ LOCKS = {
         ("pyproject.toml", "--extra=dev"),
     ),
     "requirements.txt": Lock(
-        "The library and Cog's server, for .venv and Cog's image, where Cog replaces torch and\n"
-        "# torchvision by their CUDA 12.8 builds.",
-        ("pyproject.toml", "--extra=serve", "-c", EVERYTHING),
+        "The library with videos, and Cog's server, for .venv and Cog's image, where Cog\n"
+        "# replaces torch and torchvision by their CUDA 12.8 builds.",
+        ("pyproject.toml", "--extra=serve", "--extra=video", "-c", EVERYTHING),
     ),
     "requirements-data.txt": Lock(
         "The library and what `xgenmm caption` needs for Parquet files and Ray.",

@@ -95,7 +95,7 @@ def test_wheel_has_complete_metadata(wheel: Path) -> None:
     assert found["Requires-Python"] == ">=3.11"
     assert found["Author"]
     assert found.get_all("Project-URL")
-    assert set(found.get_all("Provides-Extra", [])) == {"data", "dev", "serve", "vllm"}
+    assert set(found.get_all("Provides-Extra", [])) == {"data", "dev", "serve", "video", "vllm"}
     required = found.get_all("Requires-Dist", [])
     always = {requirement for requirement in required if "extra ==" not in requirement}
     assert len(always) == len(PROJECT["dependencies"])
@@ -153,7 +153,8 @@ def test_checkpoint_given_by_its_path_answers(environment: Path) -> None:
 def test_every_dependency_is_pinned() -> None:
     pins = (ROOT / "requirements.txt").read_text().splitlines()
     names = {pin.split("==")[0] for pin in pins if not pin.startswith("#")}
-    for requirement in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["serve"]]:
+    extras = PROJECT["optional-dependencies"]
+    for requirement in [*PROJECT["dependencies"], *extras["serve"], *extras["video"]]:
         name = requirement.split(">=")[0].split("==")[0]
         assert name.replace("_", "-") in names
     assert not any(name.startswith(("nvidia-", "cuda-", "triton")) for name in names)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xgenmm.errors import CheckpointError, EngineError, InputError
     from xgenmm.preprocessing.images import read_image
     from xgenmm.preprocessing.prompts import Message
+    from xgenmm.preprocessing.video import read_video
 
 __all__ = [
     "Answer",
@@ -33,6 +34,7 @@ __all__ = [
     "Usage",
     "load",
     "read_image",
+    "read_video",
 ]
 
 _MODULES = {
@@ -47,6 +49,7 @@ _MODULES = {
     "Usage": "engine.request",
     "load": "engine.load",
     "read_image": "preprocessing.images",
+    "read_video": "preprocessing.video",
 }
 
 
