@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tests.support.paths import DEMO
+from xgenmm.checkpoints.config_json import ConfigError, from_json
 from xgenmm.checkpoints.registry import read_config, releases
-from xgenmm.config import GRIDS_384, INTERLEAVE, RELEASES, ConfigError, from_json
+from xgenmm.config import GRIDS_384, INTERLEAVE, RELEASES, VIDEO_32, VIDEO_128, TemporalConfig
 from xgenmm.errors import CheckpointError
 
 # As released: the base model's config.json also says any-resolution, although it has one tile.
@@ -47,6 +48,19 @@ def test_folder_with_an_unknown_name_is_recognised_by_its_files() -> None:
         from_json({"model_type": "llama"}, {})
 
 
+def test_video_model_with_an_unknown_name_states_its_temporal_encoder() -> None:
+    assert from_json(RELEASED, {}).temporal is None
+    stated = RELEASED | {"temporal_encoder_config": {"kind": "token_learner", "num_tokens": 16}}
+    config = from_json(stated, {})
+    assert config.temporal == TemporalConfig("token_learner", num_tokens=16)
+    assert (config.tiling.mode, config.text.convention) == ("pad", "slow")
+    assert [RELEASES[name].clip_tokens for name in (VIDEO_128, VIDEO_32, INTERLEAVE)] == [
+        128,
+        32,
+        0,
+    ]
+
+
 def test_sizes_in_the_files_take_precedence() -> None:
     stated = RELEASED | {
         "text_config": {"num_hidden_layers": 2, "initial_tokenizer_len": 500},
@@ -73,6 +87,8 @@ def test_sizes_in_the_files_take_precedence() -> None:
         ("text_config", "sliding_window", -1, "-1, but should be greater than or equal to 1"),
         ("vision_encoder_config", "patch_size", 500, r"but should be at most image_size \(384\)"),
         ("vision_tokenizer_config", "masked", 1, "1, but should be a valid boolean"),
+        ("temporal_encoder_config", "kind", "perceiver", "but should be 'gttm' or 'token_lear"),
+        ("temporal_encoder_config", "num_heads", 7, "7, but should divide hidden_size"),
     ],
 )
 def test_impossible_value_in_config_is_named_in_the_error(

@@ -5,21 +5,11 @@ here, so that no other module depends on a model's name. Reads no files.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
-
-from xgenmm.errors import explain, printable
 
 # The upper limits are far above every model of this family. They only keep a malicious file from
 # costing much memory before its sizes are compared with those of the tensors.
@@ -39,10 +29,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, also used by D
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _STRICT = ConfigDict(strict=True, extra="forbid", validate_default=True)
-
-
-class ConfigError(ValueError):
-    """A checkpoint's configuration is incomplete or contradicts itself."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -92,6 +78,25 @@ class ResamplerConfig:
     head_dim: Width = 96
     text_tokens: Annotated[int, Field(ge=0, le=2**20)] = 0
     masked: bool = True  # exclude padding from attention; v1 was trained without this mask
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TemporalConfig:
+    """Sizes of the temporal encoder, which turns the latents of a clip's frames into its tokens.
+
+    Attributes:
+        kind: `gttm` (Grouped Token Turing Machine: one token for each latent), or `token_learner`
+            (`num_tokens` tokens, whatever the order of the frames).
+        memory_size, num_layers, num_heads: of the Token Turing Machine; tokens of memory for each
+            latent, layers and attention heads.
+        num_tokens: of a clip, by the token learner.
+    """
+
+    kind: Literal["gttm", "token_learner"] = "gttm"
+    memory_size: Count = 4
+    num_layers: Count = 4
+    num_heads: Count = 8
+    num_tokens: Width = 32
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -200,6 +205,7 @@ class XGenMMConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     tiling: TilingConfig = field(default_factory=TilingConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    temporal: TemporalConfig | None = None  # of a video model: its images are frames of one clip
     demo: bool = False  # a demonstration model; programs tell the user
 
     @property
@@ -207,6 +213,14 @@ class XGenMMConfig:
         """Ids of the additional tokens, in the order of their embedding rows."""
         first = self.decoder.initial_vocab
         return {token: first + row for row, token in enumerate(self.text.additional)}
+
+    @property
+    def clip_tokens(self) -> int:
+        """Vision tokens of a clip of any number of frames; 0 if this is not a video model."""
+        if self.temporal is None:
+            return 0
+        learner = self.temporal.kind == "token_learner"
+        return self.temporal.num_tokens if learner else self.resampler.num_latents
 
 
 _VIT_H = VisionConfig("open_clip", 1280, 5120, 32, 16, 378, 14, output_dim=1024)
@@ -220,8 +234,15 @@ _FEW_SHOT = TextConfig(
     stop_tokens=("<|endofchunk|>", "<|endoftext|>"),
     caption_question="A short description of this image in one sentence:",  # the authors' notebook
 )
+_VIDEO = XGenMMConfig(
+    tiling=TilingConfig("pad", ()),
+    text=TextConfig(caption_question="Describe this video."),
+    temporal=TemporalConfig(),
+)
 
 INTERLEAVE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
+VIDEO_128 = "xgen-mm-vid-phi3-mini-r-v1.5-128tokens-8frames"
+VIDEO_32 = "xgen-mm-vid-phi3-mini-r-v1.5-32tokens-8frames"
 RELEASES: dict[str, XGenMMConfig] = {
     INTERLEAVE: XGenMMConfig(),
     "xgen-mm-phi3-mini-instruct-singleimg-r-v1.5": XGenMMConfig(),
@@ -229,142 +250,6 @@ RELEASES: dict[str, XGenMMConfig] = {
     "xgen-mm-phi3-mini-base-r-v1.5": XGenMMConfig(tiling=_SQUASH, text=_FEW_SHOT),
     "xgen-mm-phi3-mini-instruct-r-v1": XGenMMConfig(_VIT_H, _INSTRUCTION_AWARE, tiling=_ANYRES_V1),
     "xgen-mm-phi3-mini-base-r-v1": XGenMMConfig(_VIT_H, tiling=_SQUASH_V1, text=_FEW_SHOT),
+    VIDEO_128: _VIDEO,
+    VIDEO_32: dataclasses.replace(_VIDEO, temporal=TemporalConfig("token_learner")),
 }
-
-
-class _ConfigFile(BaseModel, strict=True):
-    """What is read of `config.json`. The sections' fields are those of the dataclasses above."""
-
-    architectures: list[str] | None = None
-    model_type: str | None = None
-    demo: bool | None = None
-    vision_encoder_config: dict[str, Any] | None = None
-    vision_tokenizer_config: dict[str, Any] | None = None
-    text_config: dict[str, Any] | None = None
-
-
-def from_json(
-    config: Mapping[str, Any], preprocessor: Mapping[str, Any], release: str | None = None
-) -> XGenMMConfig:
-    """Return the configuration for a checkpoint's `config.json` and `preprocessor_config.json`.
-
-    Released files state few sizes (defaults of their remote code supply the rest), so the release's
-    entry in RELEASES is the base. Without `release`, the base follows from the architecture and
-    from whether the preprocessor has grids. Sizes that the files do state take precedence; the demo
-    checkpoint, which has the same layout but is smaller, states those that differ.
-
-    Raises:
-        ConfigError: the architecture is unknown, or a value is impossible or contradicts another;
-            names the file, the field, the value and what would be right.
-    """
-    try:
-        file = _ConfigFile.model_validate(dict(config))
-    except ValidationError as error:
-        raise ConfigError(f"config.json: {explain(error)}") from error
-    base = RELEASES[release] if release in RELEASES else _family(file, preprocessor)
-    tiling = {key: preprocessor.get(key) for key in ("image_mean", "image_std")}
-    if base.tiling.mode == "anyres":
-        tiling["grids"] = preprocessor.get("grids")
-    parsed = dataclasses.replace(
-        base,
-        vision=_override(base.vision, "vision_encoder_config", file.vision_encoder_config),
-        resampler=_override(
-            base.resampler, "vision_tokenizer_config", file.vision_tokenizer_config
-        ),
-        decoder=_override(base.decoder, "text_config", file.text_config),
-        tiling=_override(base.tiling, "", tiling),
-        demo=bool(file.demo),
-    )
-    _check_decoder(parsed.decoder, file.text_config or {})
-    _check_tiling(parsed)
-    return parsed
-
-
-# The files' names of the fields that are named differently here.
-_NAMES = {
-    "vision_encoder_config": {
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-    },
-    "vision_tokenizer_config": {},
-    "text_config": {
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "max_position_embeddings": "max_positions",
-        "initial_tokenizer_len": "initial_vocab",
-    },
-    "": {"image_mean": "mean", "image_std": "std"},  # preprocessor_config.json has no sections
-}
-
-
-def _family(config: _ConfigFile, preprocessor: Mapping[str, Any]) -> XGenMMConfig:
-    architecture = " ".join(config.architectures or [str(config.model_type)]).lower()
-    anyres = preprocessor.get("grids") is not None
-    if "xgenmm" in architecture:
-        name = INTERLEAVE if anyres else "xgen-mm-phi3-mini-base-r-v1.5"
-    elif "blip" in architecture:
-        name = f"xgen-mm-phi3-mini-{'instruct' if anyres else 'base'}-r-v1"
-    else:
-        raise ConfigError(
-            f"config.json: architectures: {printable(architecture)!r} is not an xGen-MM model; "
-            "expected XGenMMModelForConditionalGeneration or Blip3ModelForConditionalGeneration"
-        )
-    return RELEASES[name]
-
-
-ConfigT = TypeVar("ConfigT", VisionConfig, ResamplerConfig, DecoderConfig, TilingConfig)
-
-
-def _override(base: ConfigT, section: str, stated: Mapping[str, Any] | None) -> ConfigT:
-    """Return `base` with the values in `stated`; keys that are not fields are ignored."""
-    fields = {f.name for f in dataclasses.fields(base)}
-    names = _NAMES[section]
-    stated = {names.get(key, key): value for key, value in (stated or {}).items()}
-    changes = {key: value for key, value in stated.items() if key in fields and value is not None}
-    try:
-        return dataclasses.replace(base, **changes)
-    except ValidationError as error:
-        file = "config.json" if section else "preprocessor_config.json"
-        in_file = {field: name for name, field in names.items()}
-        raise ConfigError(f"{file}: {explain(error, section, in_file)}") from error
-
-
-def _check_decoder(decoder: DecoderConfig, stated: Mapping[str, Any]) -> None:
-    """Refuse variants of Phi-3 that these models do not have and this code does not implement."""
-    only = {
-        "num_key_value_heads": decoder.num_heads,
-        "hidden_act": "silu",
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "additional_tokens": len(TextConfig().additional),
-    }
-    for key, value in only.items():
-        found = stated.get(key)
-        if found not in (None, value):
-            raise ConfigError(
-                f"config.json: text_config.{key} is {printable(found)}, but only "
-                f"{'null' if value is None else value} is supported"
-            )
-
-
-def _check_tiling(config: XGenMMConfig) -> None:
-    """Refuse grids that cannot be cut into tiles, or whose tiles do not fit the context."""
-    file, tile = "preprocessor_config.json", config.vision.image_size
-    if config.tiling.mode == "anyres" and not config.tiling.grids:
-        raise ConfigError(f"{file}: grids is empty, but should have a size of at least one grid")
-    most_tiles = 1
-    for width, height in config.tiling.grids:
-        if width % tile or height % tile:
-            raise ConfigError(
-                f"{file}: grids has [{width}, {height}], but should have multiples of {tile}, "
-                "image_size of vision_encoder_config in config.json"
-            )
-        most_tiles = max(most_tiles, 1 + (width // tile) * (height // tile))
-    tokens = most_tiles * config.resampler.num_latents
-    if tokens >= config.decoder.max_positions:
-        raise ConfigError(
-            f"config.json: text_config.max_position_embeddings is {config.decoder.max_positions}, "
-            f"but should be more than the {tokens:,} tokens of an image: {most_tiles} tiles of the "
-            f"largest of the grids in {file} times {config.resampler.num_latents}, num_latents of "
-            "vision_tokenizer_config"
-        )

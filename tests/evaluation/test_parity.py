@@ -13,24 +13,30 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import golden_data
 from xgenmm.__main__ import main
-from xgenmm.evaluation.parity import check_folder, golden_config
+from xgenmm.evaluation.golden import golden_config
+from xgenmm.evaluation.parity import check_folder
 from xgenmm.models.image_features import normalize
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.tiling import tile_image
 
 
 def test_every_golden_case_is_reproduced() -> None:
-    folders = [golden_data.folder(name) for name in ("v15_anyres", "v1_instruct", "tokenizer")]
+    names = ("v15_anyres", "v1_instruct", "v15_video_gttm", "v15_video_tl")
+    folders = [golden_data.folder(n) for n in (*names, "tokenizer", "tokenizer_video")]
     tokenizer = golden_data.folder("tokenizer") / "checkpoint"
     command = [sys.executable, "-m", "xgenmm", "parity", *map(str, folders)]
     command += ["--tokenizer", str(tokenizer)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1] == "38 passed, 0 failed", done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "50 passed, 0 failed", done.stdout + done.stderr
     assert done.returncode == 0
     panorama = next(line for line in done.stdout.splitlines() if "v15_anyres/panorama" in line)
     for stage in ("tiles", "mask", "features", "vision_tokens", "inputs_embeds", "logits"):
         assert f" {stage} " in panorama
     assert "greedy_ids 0 differ, beam3_ids 0 differ" in panorama
+    clip = next(line for line in done.stdout.splitlines() if "v15_video_gttm/three" in line)
+    for stage in ("tiles", "tiles_squash", "latents", "temporal", "vision_tokens", "logits"):
+        assert f" {stage} " in clip
+    assert "v15_video_gttm/frame_sampling: frame_ids 0 differ" in done.stdout
 
 
 @pytest.mark.parametrize(

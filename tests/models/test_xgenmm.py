@@ -1,16 +1,18 @@
 """The model against `transformers`, batches against single rows, and the released layout."""
 
 import json
+import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from tests.support import golden_data
-from xgenmm.config import BLOCK_SIZE, INTERLEAVE, RELEASES, DecoderConfig
+from xgenmm.checkpoints.registry import releases
+from xgenmm.config import BLOCK_SIZE, INTERLEAVE, RELEASES, VIDEO_128, DecoderConfig
 from xgenmm.engine.reference import generate
 from xgenmm.engine.sampling_params import SamplingParams
-from xgenmm.evaluation.parity import golden_model
+from xgenmm.evaluation.golden import golden_model
 from xgenmm.models.attention import (
     GrowingCache,
     PagedAttention,
@@ -153,6 +155,7 @@ def test_batched_image_encoding_equals_encoding_of_single_images(golden: XGenMM)
         ("xgen-mm-phi3-mini-r-v1.5", INTERLEAVE),
         ("xgen-mm-phi3-mini-r-v1.5", "xgen-mm-phi3-mini-base-r-v1.5"),
         ("blip3-phi3-mini-instruct-r-v1", "xgen-mm-phi3-mini-instruct-r-v1"),
+        (VIDEO_128, VIDEO_128),
     ],
 )
 def test_parameter_names_and_shapes_equal_the_released_ones(manifest: str, release: str) -> None:
@@ -165,7 +168,12 @@ def test_parameter_names_and_shapes_equal_the_released_ones(manifest: str, relea
         name: sum(p.numel() for p in part.parameters()) for name, part in model.vlm.named_children()
     }
     assert parts["lang_model"] == 3_821_130_051
-    if "v1.5" in release:
+    if release == VIDEO_128:
+        assert len(expected) == 768
+        assert sum(math.prod(shape) for shape in expected.values()) == 4_418_604_771
+        assert sum(parts.values()) == 4_418_604_771 - 576  # inv_freq is a buffer
+        assert releases()[release].parameters == sum(parts.values())
+    elif "v1.5" in release:
         assert parts["vision_encoder"] == 428_225_600
         assert parts["vision_tokenizer"] == 109_901_568
         assert sum(parts.values()) == 4_359_257_219

@@ -11,6 +11,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 _COMPRESSED = Path(__file__).resolve().parents[1] / "golden"
 
 
@@ -25,7 +27,19 @@ def folder(name: str) -> Path:
             path.with_suffix("").write_bytes(lzma.decompress(source.read_bytes()))
         else:
             shutil.copyfile(source, path)
+    if name == "v15_video_tl":
+        _add_shared_files(target, folder("v15_video_gttm"))
     return target
+
+
+def _add_shared_files(target: Path, shared: Path) -> None:
+    """Complete a folder that holds only a temporal encoder; the rest is that of `shared`."""
+    shutil.copytree(shared / "images", target / "images")
+    parameters = load_file(target / "temporal_encoder.safetensors")
+    for name, tensor in load_file(shared / "model.safetensors").items():
+        if ".temporal_encoder." not in name:
+            parameters[name] = tensor
+    save_file(parameters, target / "model.safetensors")
 
 
 @cache

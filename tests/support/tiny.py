@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,17 +24,20 @@ ARCHITECTURES = {
 }
 
 
-def checkpoint(folder: Path, version: str = "v1.5", *, base: bool = False) -> Path:
+def checkpoint(
+    folder: Path, version: str = "v1.5", *, base: bool = False, temporal: str | None = None
+) -> Path:
     """Write a checkpoint folder that uses the demo's tokenizer, and return it.
 
     base: a base model, with few-shot prompts and one tile per image, not an instruct model.
+    temporal: kind of the temporal encoder of a video model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copy(DEMO / name, folder)
     demo = json.loads((DEMO / "config.json").read_text())["text_config"]
     tile_size = 28
-    config = {
+    config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[version]],
         "vision_encoder_config": {
             "hidden_size": 32,
@@ -56,6 +60,8 @@ def checkpoint(folder: Path, version: str = "v1.5", *, base: bool = False) -> Pa
             "sliding_window": 63,
         },
     }
+    if temporal is not None:
+        config["temporal_encoder_config"] = {"kind": temporal}
     canvases = [
         [tile_size, 2 * tile_size],
         [2 * tile_size, tile_size],

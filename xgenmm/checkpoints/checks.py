@@ -1,18 +1,24 @@
 """What is checked about a checkpoint folder before a model is built from it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from xgenmm.checkpoints.loading import stored_tensors
-from xgenmm.config import XGenMMConfig
+from xgenmm.checkpoints.registry import MEMORY_UNIT, TEMPORAL_ENCODER
+from xgenmm.config import VIDEO_128, XGenMMConfig
 from xgenmm.errors import CheckpointError, listed
 from xgenmm.preprocessing.prompts import ASSISTANT, END, SYSTEM, USER
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
 _CHAT_TOKENS = (SYSTEM, USER, ASSISTANT, END)
 _VISION, _RESAMPLER = "vision_encoder_config.", "vision_tokenizer_config."
+_TEMPORAL = "temporal_encoder_config."
+_TOKEN_TURING_MACHINE = re.compile(
+    re.escape(TEMPORAL_ENCODER)
+    + r"(initial_memory|pos_emb\.|ttm_unit\.(process_layers|read_layer|write_layer)\.)"
+)
 
 
 class _Tower(NamedTuple):
@@ -66,6 +72,7 @@ def check_sizes(config: XGenMMConfig, folder: Path) -> None:
     would be right.
     """
     shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    _check_temporal_encoder(config, shapes, folder)
     for tensor, axis, length, field, value in _lengths(config):
         shape = shapes.get(tensor)
         if shape is not None and (len(shape) <= axis or shape[axis] != length):
@@ -81,6 +88,25 @@ def check_sizes(config: XGenMMConfig, folder: Path) -> None:
                 f"model: {folder}: config.json: {field} is {count}, but should be {len(found)}, "
                 f"the number of {layers} in the *.safetensors files"
             )
+
+
+def _check_temporal_encoder(config: XGenMMConfig, names: Collection[str], folder: Path) -> None:
+    """Refuse a Token Turing Machine whose memory is not averaged but pooled by other weights.
+
+    How a release of 32 tokens would do that is not public, nor are the names of its tensors.
+    """
+    if config.temporal is None or not any(name.startswith(MEMORY_UNIT) for name in names):
+        return
+    found = [name for name in names if name.startswith(TEMPORAL_ENCODER)]
+    other = [name for name in found if not _TOKEN_TURING_MACHINE.match(name)]
+    if config.temporal.kind != "gttm" or other:
+        tensors = f"{MEMORY_UNIT}*" + (f" and {listed(other)}" if other else "")
+        raise CheckpointError(
+            f"model: {folder}: it has {tensors}, so its {config.clip_tokens} tokens of a clip are "
+            "pooled from the memory of a Token Turing Machine in a way that is not public; "
+            f"supported are {VIDEO_128} and checkpoints whose temporal encoder has final_output.* "
+            "alone"
+        )
 
 
 def _lengths(config: XGenMMConfig) -> Iterator[tuple[str, int, int, str, object]]:
@@ -113,6 +139,11 @@ def _lengths(config: XGenMMConfig) -> Iterator[tuple[str, int, int, str, object]
     yield "vlm.vision_tokenizer.latents", 0, latents, _RESAMPLER + "num_latents", latents
     query = "vlm.vision_tokenizer.layers.0.0.to_q.weight"
     yield query, 0, heads * width, _RESAMPLER + "num_heads times head_dim", f"{heads} * {width}"
+    if config.temporal is not None:
+        memory, tokens = config.temporal.memory_size, config.temporal.num_tokens
+        yield f"{TEMPORAL_ENCODER}initial_memory", 1, memory, _TEMPORAL + "memory_size", memory
+        pooling = f"{TEMPORAL_ENCODER}final_output.mlp.3.weight"
+        yield pooling, 0, tokens, _TEMPORAL + "num_tokens", tokens
 
 
 def _layers(config: XGenMMConfig) -> Iterator[tuple[str, int, str]]:
@@ -122,3 +153,5 @@ def _layers(config: XGenMMConfig) -> Iterator[tuple[str, int, str]]:
     yield "vlm.lang_model.model.layers", config.decoder.num_layers, "text_config.num_hidden_layers"
     yield f"vlm.vision_encoder.{layers}", vision.num_layers, _VISION + "num_hidden_layers"
     yield "vlm.vision_tokenizer.layers", config.resampler.depth, _RESAMPLER + "depth"
+    if config.temporal is not None:
+        yield f"{MEMORY_UNIT}process_layers", config.temporal.num_layers, _TEMPORAL + "num_layers"

@@ -101,8 +101,9 @@ def download(release: Release, root: Path, endpoint: str | None = None) -> Path:
         total = sum(file.size for file in files)
         check_free_disk(staging, total - present)
         logger.info(
-            "%s at %s: %d files, %s, of which %s are here already",
-            *(repository.id, repository.sha, len(files), format_size(total), format_size(present)),
+            "%s (license: %s) at %s: %d files, %s, of which %s are here already",
+            *(repository.id, release.license, repository.sha),
+            *(len(files), format_size(total), format_size(present)),
         )
         records = {file.name: _fetch(hub, repository, file, staging) for file in files}
         for path in staging.iterdir():

@@ -49,6 +49,10 @@ _DTYPES = {
 }
 
 
+# Checkpoints from training name the temporal encoder by its kind.
+_TEMPORAL_ALIAS = re.compile(r"^(vlm\.vision_tokenizer)\.(?:gttm|ttm|tts)\.")
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor on disk: `size` bytes of `dtype`, `offset` bytes into the file `path`."""
@@ -85,7 +89,7 @@ def parameter_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the folder by name, in the order of files and offsets.
+    """Return every tensor of the folder by its released name, in the order of files and offsets.
 
     Reads the files' headers only. Raises CheckpointError, naming the file, if one is not a regular
     file, is truncated or corrupt, has an unsupported dtype, or contradicts the index or another
@@ -222,7 +226,13 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     if not os.path.lexists(folder / INDEX):
         return None
     with _file_errors():
-        return read_json(folder / INDEX, _Index).weight_map
+        files = read_json(folder / INDEX, _Index).weight_map
+    return {_released_name(name): file for name, file in files.items()}
+
+
+def _released_name(name: str) -> str:
+    """Return a tensor's released name; checkpoints from training have others for some."""
+    return _TEMPORAL_ALIAS.sub(r"\1.temporal_encoder.", name)
 
 
 @contextmanager
@@ -267,7 +277,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
     for name, code, shape in zip(names, dtypes, shapes, strict=True):
         dtype = _DTYPES[code]
         size = math.prod(shape) * dtype.itemsize
-        tensors.append(StoredTensor(name, path, dtype, shape, offset, size))
+        tensors.append(StoredTensor(_released_name(name), path, dtype, shape, offset, size))
         offset += size
     return tensors
 

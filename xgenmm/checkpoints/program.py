@@ -76,15 +76,17 @@ def _log_to_stdout() -> None:
 
 def run_list(options: argparse.Namespace) -> int:
     """Run `xgenmm list`."""
-    print(f"{'name':<46}{'license':<15}{'parameters':<13}on this disk")
-    for release in releases().values():
+    known = releases()
+    width = max(map(len, known)) + 2
+    print(f"{'name':<{width}}{'license':<15}{'parameters':<13}on this disk")
+    for release in known.values():
         count = f"{release.parameters / 1e9:.2f} billion" if release.parameters else "-"
         found = [f"{path.name} ({_folder_size(path)})" for path in folders_on_disk(release)]
         found += [
             f"{path.name} (unfinished, {_folder_size(path)})"
             for path in sorted(weights_folder().glob(f"{release.name}*{PARTIAL}"))
         ]
-        print(f"{release.name:<46}{release.license:<15}{count:<13}{', '.join(found) or '-'}")
+        print(f"{release.name:<{width}}{release.license:<15}{count:<13}{', '.join(found) or '-'}")
         print(f"    {release.description}")
     print(f"downloads go to {weights_folder()} (set XGENMM_HOME to use another folder)")
     return 0

@@ -12,11 +12,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from xgenmm.config import ConfigError, XGenMMConfig, from_json
+from xgenmm.checkpoints.config_json import ConfigError, from_json
+from xgenmm.config import VIDEO_32, VIDEO_128, XGenMMConfig
 from xgenmm.errors import CheckpointError, printable
 from xgenmm.files import read_json_object
 
 CHECKOUT_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+TEMPORAL_ENCODER = "vlm.vision_tokenizer.temporal_encoder."
+MEMORY_UNIT = f"{TEMPORAL_ENCODER}ttm_unit."
 CONVERTED = "-bf16"  # suffix of the folders that `xgenmm convert` writes
 
 
@@ -146,18 +149,33 @@ def read_config(folder: Path) -> XGenMMConfig:
     """Return the configuration of a checkpoint folder.
 
     If the folder has the name of a known checkpoint, that release supplies what its files do not
-    state.
+    state. Otherwise the names of its tensors, if it has any, tell a video model from an image
+    model.
+
     Raises CheckpointError if a JSON file is missing or broken, is of another model, or has a value
-    that is impossible or contradicts another.
+    that is impossible or contradicts another, or if a parameter file is corrupt.
     """
     name = folder.resolve().name.removesuffix(CONVERTED)
     release = next((r.name for r in releases().values() if name in r.names), None)
     config = _read_object(folder / "config.json")
     preprocessor = _read_object(folder / "preprocessor_config.json")
+    if release is None and any(folder.glob("*.safetensors")):
+        release = _video_release(folder)
     try:
         return from_json(config, preprocessor, release)
     except ConfigError as error:
         raise CheckpointError(f"model: {folder}: {error}") from error
+
+
+def _video_release(folder: Path) -> str | None:
+    """Return the video release that a folder's tensors are named like; None for other models."""
+    # Needs PyTorch, which takes seconds to import; the rest of this module does not.
+    from xgenmm.checkpoints.loading import stored_tensors
+
+    names = [name for name in stored_tensors(folder) if name.startswith(TEMPORAL_ENCODER)]
+    if any(name.startswith(MEMORY_UNIT) for name in names):
+        return VIDEO_128
+    return VIDEO_32 if names else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from xgenmm.engine.reference import generate
 from xgenmm.engine.request import EngineRequest, StopReason
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.engine.scheduler import SchedulerConfig
-from xgenmm.evaluation.parity import golden_generations, golden_model, golden_prompt
+from xgenmm.evaluation.golden import golden_generations, golden_model, golden_prompt
 from xgenmm.files import read_json_object
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image

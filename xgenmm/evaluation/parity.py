@@ -9,27 +9,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from xgenmm.config import (
-    DecoderConfig,
-    ResamplerConfig,
-    TextConfig,
-    TilingConfig,
-    VisionConfig,
-    XGenMMConfig,
-)
+from xgenmm.config import TilingConfig, XGenMMConfig
 from xgenmm.engine.reference import generate
-from xgenmm.engine.sampling_params import SamplingParams
+from xgenmm.evaluation.golden import golden_generations, golden_model, golden_prompt
 from xgenmm.files import read_json_object
 from xgenmm.models.attention import GrowingCache
 from xgenmm.models.image_features import normalize, padding_mask
-from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
+from xgenmm.preprocessing.frame_indices import EXACT_TOTAL, frame_indices
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
@@ -49,6 +42,8 @@ TOLERANCES: Mapping[str, float] = {
     "tiles": 1e-6,
     "mask": 0.0,
     "features": 1e-4,
+    "latents": 1e-4,
+    "temporal": 1e-4,
     "vision_tokens": 1e-4,
     "inputs_embeds": 1e-4,
     "logits": 1e-3,
@@ -94,7 +89,7 @@ class Case:
 
 
 def _kind(stage: str) -> str:
-    return "ids" if stage.endswith("ids") else stage.removesuffix("_pad")
+    return "ids" if stage.endswith("ids") else stage.removesuffix("_pad").removesuffix("_squash")
 
 
 def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
@@ -116,95 +111,26 @@ def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
         yield from _check_tokens(folder, golden, tokenizer)
 
 
-def golden_config(golden: Mapping[str, Any]) -> XGenMMConfig:
-    """Return the configuration of a golden model, from its `cases.json`."""
-    text, resampler = golden["text"], golden["sampler"]
-    text_tokens = resampler.get("text_tokens", 0)
-    special = golden["special_token_ids"]
-    return XGenMMConfig(
-        vision=_vision_config(golden["vision"]),
-        resampler=ResamplerConfig(
-            num_latents=resampler["num_latents"],
-            depth=resampler["depth"],
-            num_heads=resampler["heads"],
-            head_dim=resampler["dim_head"],
-            text_tokens=text_tokens,
-            masked=not text_tokens,
-        ),
-        decoder=DecoderConfig(
-            vocab_size=text["vocab_size"],
-            hidden_size=text["hidden_size"],
-            intermediate_size=text["intermediate_size"],
-            num_layers=text["num_hidden_layers"],
-            num_heads=text["num_attention_heads"],
-            max_positions=text["max_position_embeddings"],
-            rms_norm_eps=text["rms_norm_eps"],
-            rope_theta=text["rope_theta"],
-            sliding_window=text["sliding_window"],
-            initial_vocab=golden["initial_tokenizer_len"],
-            additional_tokens=len(special),
-        ),
-        tiling=TilingConfig(
-            mode="anyres" if golden["image_aspect_ratio"] == "anyres" else "squash",
-            grids=tuple((w, h) for w, h in golden.get("anyres_grids", ())),
-            mean=tuple(golden["image_mean"]),
-            std=tuple(golden["image_std"]),
-        ),
-        text=TextConfig(additional=tuple(sorted(special, key=special.__getitem__))),
-    )
-
-
-def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
-    if "width" in vision:  # open_clip's own names
-        return VisionConfig(
-            tower="open_clip",
-            hidden_size=vision["width"],
-            intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
-            num_layers=vision["layers"],
-            num_heads=vision["heads"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            output_dim=vision["output_dim"],
-        )
-    return VisionConfig(
-        tower="siglip",
-        hidden_size=vision["hidden_size"],
-        intermediate_size=vision["intermediate_size"],
-        num_layers=vision["num_hidden_layers"],
-        num_heads=vision["num_attention_heads"],
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-    )
-
-
-def golden_prompt(golden: Mapping[str, Any], ids: Sequence[int]) -> Prompt:
-    """Return the prompt of token ids: a span is `<image>` and the placeholders after it."""
-    image = golden["special_token_ids"]["<image>"]
-    placeholder = golden["special_token_ids"]["<image placeholder>"]
-    spans = []
-    for start in (i for i, token in enumerate(ids) if token == image):
-        end = start + 1
-        while end < len(ids) and ids[end] == placeholder:
-            end += 1
-        spans.append((start, end - start))
-    return Prompt(tuple(ids), tuple(spans))
-
-
-def golden_model(folder: Path, golden: Mapping[str, Any]) -> XGenMM:
-    """Return the golden model with its weights, float32 on the CPU."""
-    with torch.device("meta"):
-        model = XGenMM(golden_config(golden))
-    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    fuse_attention(model.vlm.vision_encoder)
-    return model.eval().requires_grad_(False)
-
-
 @torch.inference_mode()
 def _check_model(folder: Path, golden: Mapping[str, Any]) -> Iterator[Case]:
     model = golden_model(folder, golden)
     activations = load_file(folder / "activations.safetensors")
     for description in golden["cases"]:
         yield _check_case(model, golden, folder, description, activations)
+    if "frame_sampling" in golden:
+        yield _check_frame_indices(folder, golden["frame_sampling"])
+
+
+def _check_frame_indices(folder: Path, table: Sequence[Mapping[str, Any]]) -> Case:
+    """Compare the indices of the frames to take, but for clips too short for the original."""
+    case, expected, found = Case(f"{folder.name}/frame_sampling", {}), list[int](), list[int]()
+    for row in table:
+        total, count = row["total"], row["num_frames"]
+        if total >= max(EXACT_TOTAL, 2 * count):
+            expected += row["indices"]
+            found += frame_indices(total, count)
+    case.compare_ids("frame_ids", expected, found)
+    return case
 
 
 def _check_case(
@@ -221,9 +147,13 @@ def _check_case(
         if f"{name}.{key}" in activations:
             case.compare(stage, activations[f"{name}.{key}"], found)
 
-    images = [read_image(folder / file) for file in description["images"]]
+    files = description["videos"][0] if "videos" in description else description["images"]
+    images = [read_image(folder / file) for file in files]
     prompt = golden_prompt(golden, description["input_ids"])
-    vision_tokens = _check_vision(model, images, prompt, compare)
+    if model.config.temporal is not None:
+        vision_tokens = _check_clip(model, images, compare)
+    else:
+        vision_tokens = _check_vision(model, images, prompt, compare)
     embeds = model.merge_multimodal_embeddings(prompt, vision_tokens)
     compare("inputs_embeds", "inputs_embeds", embeds)
     compare("logits", "logits", all_logits(model, embeds))
@@ -264,22 +194,31 @@ def _check_vision(
     return vision_tokens
 
 
+def _check_clip(
+    model: XGenMM,
+    frames: Sequence[Image.Image],
+    compare: Callable[[str, str, torch.Tensor], None],
+) -> list[torch.Tensor]:
+    """Compare all stages of a clip's frames up to its vision tokens; return these."""
+    tiling, tile_size = model.config.tiling, model.config.vision.image_size
+    tiles = [tile_image(frame, tiling, tile_size) for frame in frames]
+    squashing = replace(tiling, mode="squash")
+    squashed = [tile_image(frame, squashing, tile_size) for frame in frames]
+    compare("tiles.0", "tiles", torch.cat(_normalized(tiles, tiling)))
+    compare("tiles_squash.0", "tiles_squash", torch.cat(_normalized(squashed, squashing)))
+    features = model.features(tiles)
+    compare("features.0", "features", torch.cat(features))
+    latents = torch.stack(model.frame_latents(features))
+    compare("latents.0", "latents", latents)
+    assert model.vlm.vision_tokenizer.temporal_encoder is not None
+    compare("temporal.0", "temporal", model.vlm.vision_tokenizer.temporal_encoder(latents))
+    vision_tokens = model.vision_tokens(tiles, features)
+    compare("vision_tokens.0", "vision_tokens", vision_tokens[0])
+    return vision_tokens
+
+
 def _normalized(tiles: Sequence[TiledImage], tiling: TilingConfig) -> list[torch.Tensor]:
     return [normalize(torch.from_numpy(one.pixels), tiling, torch.float32) for one in tiles]
-
-
-def golden_generations(
-    description: Mapping[str, Any],
-) -> Iterator[tuple[str, SamplingParams]]:
-    """Yield the key of each generated answer of a case and the parameters it was generated with."""
-    for stage, beams, penalty in (
-        ("greedy_ids", 1, 1.0),
-        ("greedy_repetition_penalty_2_ids", 1, 2.0),
-        ("beam3_ids", 3, 1.0),
-    ):
-        if stage in description:
-            length = len(description[stage])
-            yield stage, SamplingParams(length, num_beams=beams, repetition_penalty=penalty)
 
 
 @torch.inference_mode()
@@ -292,7 +231,8 @@ def all_logits(model: XGenMM, embeds: torch.Tensor) -> torch.Tensor:
 
 def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> Iterator[Case]:
     extra = XGenMMConfig().additional_ids
-    tokens = {c: Tokenizer.from_folder(tokenizer, c, extra) for c in get_args(Convention)}
+    conventions: set[Convention] = {description["tokenizer"] for description in golden["cases"]}
+    tokens = {c: Tokenizer.from_folder(tokenizer, c, extra) for c in conventions}
     for number, description in enumerate(golden["cases"]):
         case = Case(f"{folder.name}/{description['kind']}-{number}", {})
         found = tokens[description["tokenizer"]].encode(description["text"])

@@ -51,26 +51,39 @@ class PerceiverAttention(nn.Module):
         return self.to_out(rearrange(out, "tiles heads n dim -> tiles n (heads dim)"))
 
 
-def _feed_forward(width: int) -> nn.Sequential:
+def feed_forward(width: int, inner: int | None = None, out: int | None = None) -> nn.Sequential:
+    """Build norm, linear layer, GELU and linear layer; by default `inner` is 4 times the width."""
+    inner = inner or 4 * width
     return nn.Sequential(
         nn.LayerNorm(width),
-        nn.Linear(width, 4 * width, bias=False),
+        nn.Linear(width, inner, bias=False),
         nn.GELU(),
-        nn.Linear(4 * width, width, bias=False),
+        nn.Linear(inner, out or width, bias=False),
     )
 
 
 class PerceiverResampler(nn.Module):
-    """Resamples each tile to `num_latents` vision tokens of the decoder's width."""
+    """Resamples each tile to `num_latents` vision tokens of the decoder's width.
 
-    def __init__(self, config: ResamplerConfig, width: int, decoder_width: int) -> None:
+    temporal_encoder: of a video model: pools the latents of all frames of a clip, see
+        `temporal_encoder.py`.
+    """
+
+    def __init__(
+        self,
+        config: ResamplerConfig,
+        width: int,
+        decoder_width: int,
+        temporal_encoder: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.latents = nn.Parameter(torch.randn(config.num_latents, width))
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(width, config), _feed_forward(width)])
+            nn.ModuleList([PerceiverAttention(width, config), feed_forward(width)])
             for _ in range(config.depth)
         )
+        self.temporal_encoder = temporal_encoder
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, decoder_width)
         if config.text_tokens:
@@ -84,7 +97,16 @@ class PerceiverResampler(nn.Module):
         mask: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Resample features to vision tokens.
+        """Features -> vision tokens: `resample`, then `to_tokens`."""
+        return self.to_tokens(self.resample(features, mask, text))
+
+    def resample(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Resample features to latents.
 
         Args:
             features: [tiles, n, width].
@@ -94,7 +116,7 @@ class PerceiverResampler(nn.Module):
                 them are projected and appended to the latents as additional queries in all layers
                 (instruction-aware resampler only).
 
-        Returns [tiles, num_latents, decoder_width].
+        Returns [tiles, num_latents, width].
         """
         latents = self.latents.expand(features.shape[0], -1, -1)
         if self.config.text_tokens and text is not None:
@@ -108,4 +130,15 @@ class PerceiverResampler(nn.Module):
             attention, feed_forward = cast(nn.ModuleList, layer)
             latents = latents + attention(features, latents, key_mask)
             latents = latents + feed_forward(latents)
-        return self.projection(self.norm(latents[:, : self.config.num_latents]))
+        return latents[:, : self.config.num_latents]
+
+    def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalize and project latents: [..., width] -> [..., decoder_width].
+
+        A video model first pools those of its one clip: [frames, num_latents, width] ->
+        [tokens, decoder_width].
+        """
+        if self.temporal_encoder is not None:
+            latents = self.temporal_encoder(latents)
+        tokens: torch.Tensor = self.projection(self.norm(latents))
+        return tokens

@@ -15,6 +15,7 @@ from xgenmm.models.image_features import normalize, padding_mask, regroup
 from xgenmm.models.kv_cache import KVCache
 from xgenmm.models.phi3 import Phi3Decoder
 from xgenmm.models.resampler import PerceiverResampler
+from xgenmm.models.temporal_encoder import build_temporal_encoder
 from xgenmm.models.transfer import to_device
 from xgenmm.models.vision import build_tower
 from xgenmm.preprocessing.prompts import Prompt
@@ -27,8 +28,12 @@ class _VLM(nn.Module):
     def __init__(self, config: XGenMMConfig) -> None:
         super().__init__()
         self.vision_encoder = build_tower(config.vision)
+        width, encoder = config.vision.hidden_size, None
+        if config.temporal is not None:
+            latents = config.resampler.num_latents
+            encoder = build_temporal_encoder(config.temporal, width, latents)
         self.vision_tokenizer = PerceiverResampler(
-            config.resampler, config.vision.hidden_size, config.decoder.hidden_size
+            config.resampler, width, config.decoder.hidden_size, encoder
         )
         self.lang_model = Phi3Decoder(config.decoder)
 
@@ -88,10 +93,13 @@ class XGenMM(nn.Module):
 
         prompt: used by the instruction-aware resampler only.
 
-        Returns [tiles * num_latents, decoder width] for each image.
+        Returns [tiles * num_latents, decoder width] for each image. For a video model, images are
+        the frames of one clip in order; returns [clip_tokens, decoder width] for the clip.
         """
         if not images:
             return []
+        if self.config.temporal is not None:
+            return [self.clip_tokens(self.frame_latents(features))]
         side = self.config.vision.grid
         masks = [
             padding_mask(image.columns, image.rows, image.image_size, side) for image in images
@@ -103,6 +111,20 @@ class XGenMM(nn.Module):
         tokens: torch.Tensor = self.vlm.vision_tokenizer(torch.cat(list(features)), mask, text)
         per_image = tokens.split([tile_features.shape[0] for tile_features in features])
         return [tile_tokens.flatten(0, 1) for tile_tokens in per_image]
+
+    def frame_latents(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Resample the features of each frame, [1, patches, width], for `clip_tokens`.
+
+        Returns [num_latents, width] for each frame.
+        """
+        return list(self.vlm.vision_tokenizer.resample(torch.cat(list(features))))
+
+    def clip_tokens(self, latents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The latents of a clip's frames, in order -> its vision tokens.
+
+        Returns [clip_tokens, decoder width], for any number of frames.
+        """
+        return self.vlm.vision_tokenizer.to_tokens(torch.stack(list(latents)))
 
     @torch.inference_mode()
     def encode(

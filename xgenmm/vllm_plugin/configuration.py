@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from xgenmm.config import from_json
+from xgenmm.checkpoints.config_json import from_json
 from xgenmm.models.phi3_huggingface import phi3_config
 from xgenmm.models.vision import siglip_config
 
