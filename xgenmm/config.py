@@ -206,6 +206,7 @@ class XGenMMConfig:
     tiling: TilingConfig = field(default_factory=TilingConfig)
     text: TextConfig = field(default_factory=TextConfig)
     temporal: TemporalConfig | None = None  # of a video model: its images are frames of one clip
+    frames_as_images: bool = False  # whether an image model may get the frames of a clip as images
     demo: bool = False  # a demonstration model; programs tell the user
 
     @property
@@ -244,9 +245,9 @@ INTERLEAVE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 VIDEO_128 = "xgen-mm-vid-phi3-mini-r-v1.5-128tokens-8frames"
 VIDEO_32 = "xgen-mm-vid-phi3-mini-r-v1.5-32tokens-8frames"
 RELEASES: dict[str, XGenMMConfig] = {
-    INTERLEAVE: XGenMMConfig(),
+    INTERLEAVE: XGenMMConfig(frames_as_images=True),
     "xgen-mm-phi3-mini-instruct-singleimg-r-v1.5": XGenMMConfig(),
-    "xgen-mm-phi3-mini-instruct-dpo-r-v1.5": XGenMMConfig(),
+    "xgen-mm-phi3-mini-instruct-dpo-r-v1.5": XGenMMConfig(frames_as_images=True),
     "xgen-mm-phi3-mini-base-r-v1.5": XGenMMConfig(tiling=_SQUASH, text=_FEW_SHOT),
     "xgen-mm-phi3-mini-instruct-r-v1": XGenMMConfig(_VIT_H, _INSTRUCTION_AWARE, tiling=_ANYRES_V1),
     "xgen-mm-phi3-mini-base-r-v1": XGenMMConfig(_VIT_H, tiling=_SQUASH_V1, text=_FEW_SHOT),

@@ -8,7 +8,13 @@ from xgenmm.evaluation.engine_parity import check_engine
 
 @pytest.mark.parametrize(
     ("name", "count", "few_blocks", "preemptions"),
-    [("v15_anyres", 24, False, 0), ("v15_anyres", 24, True, 30), ("v1_instruct", 5, False, 0)],
+    [
+        ("v15_anyres", 24, False, 0),
+        ("v15_anyres", 24, True, 30),
+        ("v1_instruct", 5, False, 0),
+        ("v15_video_gttm", 8, True, 5),
+        ("v15_video_tl", 4, False, 0),
+    ],
 )
 def test_golden_ids_are_reproduced_in_a_mixed_batch(
     name: str, count: int, few_blocks: bool, preemptions: int

@@ -74,6 +74,21 @@ def test_instruction_aware_vision_tokens_depend_on_the_whole_prompt() -> None:
     assert aware[0].images == aware[1].images
 
 
+def test_clip_has_the_hash_of_its_frames_in_order() -> None:
+    prompt = Prompt((1, 5, 2), ((1, 1),))
+    frames = [TiledImage(np.full((1, 4, 4, 3), i, dtype=np.uint8), 0, 0, (4, 4)) for i in range(3)]
+
+    def clip_hashes(*frames: TiledImage) -> PromptHashes:
+        return PromptHashes.from_prompt(prompt, frames, ResamplerConfig(), clip_tokens=BLOCK_SIZE)
+
+    hashes = clip_hashes(*frames)
+    assert hashes.image_ends == (1 + BLOCK_SIZE,) * 3
+    assert len(hashes.positions) == 2 + BLOCK_SIZE
+    others = [clip_hashes(*frames[::-1]), clip_hashes(*frames[:2])]
+    assert len({one.clip for one in (hashes, *others)} | set(hashes.images)) == 6
+    assert len({one.blocks for one in (hashes, *others)}) == 3
+
+
 @pytest.mark.parametrize("prompt_tokens", [3, BLOCK_SIZE, BLOCK_SIZE + 3, 2 * BLOCK_SIZE])
 def test_output_tokens_extend_the_block_hashes(prompt_tokens: int) -> None:
     ids = tuple(range(3 * BLOCK_SIZE))

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 
-from xgenmm.config import BLOCK_SIZE
+from xgenmm.config import BLOCK_SIZE, INTERLEAVE, VIDEO_128
 from xgenmm.engine.answer import Answer
 from xgenmm.engine.choices import choice_token_ids
 from xgenmm.engine.core import EngineCore
@@ -28,7 +29,7 @@ from xgenmm.errors import InputError
 from xgenmm.kernels.cuda_graphs import DecodeMode
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
-from xgenmm.preprocessing.prompts import Prompt, request_prompt
+from xgenmm.preprocessing.prompts import IMAGE, Prompt, request_prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ MAX_NUM_SEQS = 16
 GPU_MEMORY_UTILIZATION = 0.9
 MAX_TILE_BYTES = 256 << 20
 MAX_CHOICES = 256
+MAX_FRAMES = 64  # of a clip; the models were trained with 8
 
 
 class Engine:
@@ -133,18 +135,28 @@ class Engine:
             self._tiles.put(key, tiles)
         return tiles
 
+    def preprocess_images(self, request: Request) -> list[TiledImage]:
+        """Tile a request's images and the frames of its video, in order."""
+        frames: Sequence[Image.Image | TiledImage]
+        if isinstance(request.video, np.ndarray):
+            frames = [Image.fromarray(frame) for frame in request.video]
+        else:
+            frames = request.video
+        return [self.preprocess_image(image) for image in [*request.images, *frames]]
+
     def stream(self, request: Request) -> Answer:
         """Check a request, tile its images and queue it. May be called from any thread.
 
         Raises:
             InputError: the request cannot be answered: it is empty, images and `<image>` do not
-                match, the prompt exceeds the context, or the schema cannot be enforced.
+                match, the model takes no videos or not as many frames, the prompt exceeds the
+                context, or the schema cannot be enforced.
             EngineError: the engine is shut down or broken.
         """
         started = time.monotonic()
         self._validate(request)
         prompt = self.prompt(request)
-        images = [self.preprocess_image(image) for image in request.images]
+        images = self.preprocess_images(request)
         text = self.config.text
         choices = [choice_token_ids(self.tokenizer, text, choice) for choice in request.choices]
         schema = request.json_schema
@@ -160,7 +172,9 @@ class Engine:
         engine_request = EngineRequest(
             prompt=prompt,
             images=images,
-            hashes=PromptHashes.from_prompt(prompt, images, self.config.resampler),
+            hashes=PromptHashes.from_prompt(
+                prompt, images, self.config.resampler, self.config.clip_tokens
+            ),
             params=request.sampling,
             max_tokens=max_tokens,
             sink=answer,
@@ -200,22 +214,33 @@ class Engine:
 
     def prompt(self, request: Request) -> Prompt:
         """The request's prompt. An empty question with images asks for a caption."""
-        question = request.question
+        question, images = request.question, len(request.images) + len(request.video)
         if not question.strip():
-            if not request.images:
+            if not images:
                 raise InputError("question", "is empty and there is no image; give one of the two")
             question = self.config.text.caption_question
+        if self.config.temporal is not None and images:
+            images = 1  # the clip
+            users = [message.content for message in request.messages if message.role == "user"]
+            places = sum(user.count(IMAGE) for user in [*users, question])
+            if places > 1:
+                raise InputError(
+                    "question",
+                    f"{IMAGE} occurs {places} times in question and user messages, but all frames "
+                    "are of one clip; write it once, or leave it out",
+                )
         return request_prompt(
             self.tokenizer,
             self.config,
             question,
-            images=len(request.images),
+            images=images,
             system_prompt=request.system_prompt,
             messages=request.messages,
         )
 
     def _validate(self, request: Request) -> None:
         """Check what does not depend on the prompt."""
+        self._check_frames(request)
         choices, beams = request.choices, request.sampling.num_beams
         if any(not isinstance(choice, str) or not choice for choice in choices):
             raise InputError("choices", "each must be a non-empty text")
@@ -234,6 +259,33 @@ class Engine:
                 "num_beams",
                 f"{beams} beams exceed the {self.max_num_seqs} sequences of a step; "
                 f"set num_beams to at most {self.max_num_seqs}",
+            )
+
+    def _check_frames(self, request: Request) -> None:
+        """Check that the model takes the request's video, and as many frames."""
+        video, frames = request.video, len(request.video)
+        if isinstance(video, np.ndarray) and (
+            video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or not video.size
+        ):
+            raise InputError(
+                "video",
+                f"must be uint8 [frames, height, width, 3], not {video.dtype} {list(video.shape)}",
+            )
+        if self.config.temporal is not None:
+            name, count = ("video", frames) if frames else ("images", len(request.images))
+            if frames and request.images:
+                raise InputError(
+                    "video",
+                    "cannot be combined with images, which are the frames of a clip too; give one "
+                    "of the two",
+                )
+            if count > MAX_FRAMES:
+                raise InputError(
+                    name, f"{count} frames given, but a clip may have at most {MAX_FRAMES}"
+                )
+        elif frames and not self.config.frames_as_images:
+            raise InputError(
+                "video", f"this model takes no videos; use {VIDEO_128}, or {INTERLEAVE} for images"
             )
 
     def _check_beams(self, beams: int, prompt_tokens: int, max_tokens: int) -> None:
@@ -259,8 +311,11 @@ class Engine:
 
     def _measure(self, prompt: Prompt, images: Sequence[TiledImage], usage: Usage) -> int:
         """Record the length of the prompt; returns how many tokens are left for the answer."""
-        latents = self.config.resampler.num_latents
-        image_tokens = sum(image.pixels.shape[0] * latents for image in images)
+        if self.config.temporal is not None:
+            image_tokens = self.config.clip_tokens if images else 0
+        else:
+            latents = self.config.resampler.num_latents
+            image_tokens = sum(image.pixels.shape[0] * latents for image in images)
         text_tokens = len(prompt.ids) - sum(length for _, length in prompt.spans)
         total, context = text_tokens + image_tokens, self.config.decoder.max_positions
         if total >= context:

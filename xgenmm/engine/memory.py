@@ -77,6 +77,6 @@ def workspace_bytes(model: XGenMM, max_tokens: int) -> int:
     embeds = torch.zeros(tokens, config.decoder.hidden_size, device=model.device).to(model.dtype)
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
-    model.encode([TiledImage(tiles, 0, 0, (size, size))])
+    model.encode([TiledImage(tile[None], 0, 0, (size, size)) for tile in tiles])
     model.logits(model.forward(embeds, [segment], cache)[-1:])
     return torch.cuda.max_memory_allocated(model.device) - before

@@ -115,12 +115,15 @@ class ModelRunner:
     def encode(self, step: Step) -> None:
         """Encode a step's images, cache the features and give them to the requests.
 
-        The features are vision tokens, unless these depend on the prompt's text (the
-        instruction-aware resampler of v1): then they are the output of the vision tower.
+        The features are vision tokens, unless these depend on more than the image: on the prompt's
+        text (the instruction-aware resampler of v1), then they are the output of the vision tower;
+        or on the other frames of a clip, then they are latents.
         """
         images = list(step.images.values())
         encoded = self.model.features(images)
-        if not self.model.config.resampler.text_tokens:
+        if self.model.config.temporal is not None:
+            encoded = self.model.frame_latents(encoded)
+        elif not self.model.config.resampler.text_tokens:
             encoded = self.model.vision_tokens(images, encoded)
         for image_hash, view in zip(step.images, encoded, strict=True):
             features = view.clone()  # a view would keep the whole batch alive
@@ -130,6 +133,20 @@ class ModelRunner:
 
     def merge_embeddings(self, request: EngineRequest) -> None:
         """Make the embeddings of what the request has to prefill, from ids and image features."""
+        vision = (
+            self._image_tokens(request)
+            if request.hashes.clip is None
+            else [self._clip_tokens(request, request.hashes.clip)]
+        )
+        embeds = self.model.merge_multimodal_embeddings(request.prompt, vision)
+        if request.output_token_ids:
+            embeds = torch.cat([embeds, self.model.embed_ids(request.output_token_ids)])
+        request.embeds = embeds
+        request.image_features.clear()
+        request.clip_tokens = None
+
+    def _image_tokens(self, request: EngineRequest) -> list[torch.Tensor]:
+        """The vision tokens of each image of a request."""
         config, device = self.model.config, self.model.device
         vision = []
         for index, image in enumerate(request.images):
@@ -141,11 +158,20 @@ class ModelRunner:
                 vision += self.model.vision_tokens([image], features, request.prompt)
             else:
                 vision.append(request.image_features[index])
-        embeds = self.model.merge_multimodal_embeddings(request.prompt, vision)
-        if request.output_token_ids:
-            embeds = torch.cat([embeds, self.model.embed_ids(request.output_token_ids)])
-        request.embeds = embeds
-        request.image_features.clear()
+        return vision
+
+    def _clip_tokens(self, request: EngineRequest, clip_hash: bytes) -> torch.Tensor:
+        """The vision tokens of a request's clip, cached or from the latents of its frames."""
+        config = self.model.config
+        if request.clip_tokens is not None:
+            return request.clip_tokens
+        if not request.image_features:  # within the cached prefix: never read
+            width = config.decoder.hidden_size
+            return torch.zeros(config.clip_tokens, width, device=self.model.device)
+        latents = [request.image_features[index] for index in range(len(request.images))]
+        tokens = self.model.clip_tokens(latents)
+        self.image_features.put(clip_hash, tokens)
+        return tokens
 
     def run(self, step: Step, masks: Mapping[int, torch.Tensor]) -> StepOutput:
         """Begin a step's forward pass and sampling; on a GPU they are not finished on return.

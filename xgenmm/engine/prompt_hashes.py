@@ -1,4 +1,4 @@
-"""Hashes that identify the images and the prefix blocks of a prompt.
+"""Hashes that identify the images, the clip and the prefix blocks of a prompt.
 
 A block's hash covers every position up to the block's end, image content included, so equal hashes
 mean equal prefixes.
@@ -20,42 +20,61 @@ from xgenmm.preprocessing.tiling import TiledImage
 class PromptHashes:
     """The hashes of a prompt with its images.
 
-    images: one hash per image.
-    image_ends: for each image, the position after its last vision token.
+    images: one hash per image or frame.
+    clip: of all frames in order; None if the images are not the frames of a clip.
+    image_ends: for each image, the position after its last vision token; for each frame, after the
+        last one of the clip.
     positions: uint64 [positions, 5], the content of each position. Text: four zeros and the token
-        id. Vision token: the 256-bit hash of its image and its index within the image.
+        id. Vision token: the 256-bit hash of its image or clip and its index within it.
     blocks: one hash per whole block.
     """
 
     images: tuple[bytes, ...]
+    clip: bytes | None
     image_ends: tuple[int, ...]
     positions: NDArray[np.uint64]
     blocks: tuple[bytes, ...]
 
     @classmethod
     def from_prompt(
-        cls, prompt: Prompt, images: Sequence[TiledImage], resampler: ResamplerConfig
+        cls,
+        prompt: Prompt,
+        images: Sequence[TiledImage],
+        resampler: ResamplerConfig,
+        clip_tokens: int = 0,
     ) -> "PromptHashes":
         """Hash a prompt with its images.
+
+        clip_tokens: of a video model: the images are the frames of one clip, which has as many
+            vision tokens.
 
         Vision tokens of an instruction-aware resampler depend on the text of the prompt, so their
         positions cover it.
         """
         hashes = tuple(image_hash(image) for image in images)
+        clip = None
+        units = [
+            (key, image.pixels.shape[0] * resampler.num_latents)
+            for key, image in zip(hashes, images, strict=True)
+        ]
+        if clip_tokens and images:
+            clip = hashlib.sha256(b"clip" + b"".join(hashes)).digest()
+            units = [(clip, clip_tokens)]
         text = np.array(prompt.ids).tobytes() if resampler.text_tokens else b""
         ids, end, total = np.array(prompt.ids, dtype=np.uint64), 0, 0
         parts: list[NDArray[np.uint64]] = []
-        image_ends: list[int] = []
-        for (start, length), key, image in zip(prompt.spans, hashes, images, strict=True):
-            vision = np.empty((image.pixels.shape[0] * resampler.num_latents, 5), dtype=np.uint64)
+        ends: list[int] = []
+        for (start, length), (key, count) in zip(prompt.spans, units, strict=True):
+            vision = np.empty((count, 5), dtype=np.uint64)
             vision[:, :4] = np.frombuffer(hashlib.sha256(key + text).digest(), dtype=np.uint64)
             vision[:, 4] = np.arange(len(vision))
             parts += [_text_positions(ids[end:start]), vision]
             total += start - end + len(vision)
-            image_ends.append(total)
+            ends.append(total)
             end = start + length
         positions = np.concatenate([*parts, _text_positions(ids[end:])])
-        return cls(hashes, tuple(image_ends), positions, tuple(_block_hashes(positions)))
+        image_ends = tuple(ends if clip is None else ends * len(images))
+        return cls(hashes, clip, image_ends, positions, tuple(_block_hashes(positions)))
 
     def blocks_with_output(self, output_token_ids: Sequence[int]) -> tuple[bytes, ...]:
         """Hashes of the whole blocks of the prompt followed by these output tokens."""

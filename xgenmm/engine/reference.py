@@ -49,7 +49,7 @@ def generate(
 def prompt_embeddings(engine: "Engine", request: "Request") -> torch.Tensor:
     """The embeddings of a request's prompt and images: [positions, decoder width]."""
     prompt = engine.prompt(request)
-    tiles = [engine.preprocess_image(image) for image in request.images]
+    tiles = engine.preprocess_images(request)
     return engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles, prompt))
 
 

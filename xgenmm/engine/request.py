@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from xgenmm.engine.prompt_hashes import PromptHashes
@@ -28,12 +30,15 @@ StopReason = Literal["end", "stop", "length", "cancelled", "timeout", "failed"]
 class Request:
     """One question.
 
-    images: upright RGB, or tiled by `Engine.preprocess_image`.
+    images: upright RGB, or tiled by `Engine.preprocess_image`. For a video model: the frames of one
+        clip, in order.
     system_prompt: None uses the prompt that the model was trained with.
     choices: if given, the answer is the most likely of them and `sampling` is ignored.
     json_schema: if given, the answer is JSON that conforms to this JSON Schema, unless its usage
         says that it stopped for another reason than `end`.
     timeout: seconds after which generation stops and the partial text is returned.
+    video: the frames of a clip, in order, as images or as uint8 [frames, height, width, 3]. Image
+        models that were trained with several images get them as images, after `images`.
     """
 
     question: str
@@ -44,6 +49,7 @@ class Request:
     choices: tuple[str, ...] = ()
     json_schema: Mapping[str, Any] | None = None
     timeout: float | None = None
+    video: Sequence[Image.Image | TiledImage] | NDArray[np.uint8] = ()
 
 
 @dataclass
@@ -113,6 +119,8 @@ class EngineRequest:
     num_prefill_tokens: tokens to compute before the next one can be generated: the prompt and,
         after a preemption, the output so far. num_cached_tokens: the first of them that were found
         in the cache. num_computed_tokens: tokens with keys and values in the cache, or soon to be.
+    image_features: of the images or frames that the prompt needs, by index. clip_tokens: the vision
+        tokens of the clip, if they were found in the cache.
     embeds: of the tokens to prefill, [tokens, width].
     choice_scores: for each choice, the log-probability of its tokens so far, float32 []. The
         choices before `next_choice` are scored or being scored.
@@ -146,6 +154,7 @@ class EngineRequest:
 
     # What has been computed of the prompt and of answers that are not sampled.
     image_features: "dict[int, torch.Tensor]" = field(default_factory=dict, init=False)
+    clip_tokens: "torch.Tensor | None" = field(default=None, init=False)
     embeds: "torch.Tensor | None" = field(default=None, init=False)
     beam_search: "BeamSearch | None" = field(default=None, init=False)
     choice_scores: "list[torch.Tensor]" = field(default_factory=list, init=False)
@@ -173,7 +182,7 @@ class EngineRequest:
     @property
     def pending_images(self) -> list[int]:
         """Indices of the images that must still be encoded."""
-        if self.embeds is not None or self.prefilled:
+        if self.embeds is not None or self.clip_tokens is not None or self.prefilled:
             return []
         return [
             index
@@ -196,5 +205,5 @@ class EngineRequest:
         self.num_preemptions += 1
         self.num_cached_tokens = self.num_computed_tokens = self.next_choice = 0
         self.num_prefill_tokens = self.num_known_tokens
-        self.embeds = self.beam_search = None
+        self.embeds = self.clip_tokens = self.beam_search = None
         self.image_features, self.choice_scores = {}, []

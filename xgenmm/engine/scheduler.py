@@ -134,7 +134,8 @@ class Scheduler:
     Args:
         max_num_seqs: rows of the batch.
         blocks: of the KV cache.
-        image_features: features of images that were encoded before, by hash.
+        image_features: features of images that were encoded before, and vision tokens of clips, by
+            hash.
         config: the budgets.
     """
 
@@ -286,6 +287,8 @@ class Scheduler:
         self.free_rows.difference_update(request.rows)
         self.running.append(request)
         step.admitted.append(request)
+        if request.hashes.clip is not None and request.pending_images:
+            request.clip_tokens = self._image_features.get(request.hashes.clip)
         for index in request.pending_images:
             features = self._image_features.get(request.hashes.images[index])
             if features is not None:

@@ -21,10 +21,14 @@ from xgenmm.engine.reference import generate
 from xgenmm.engine.request import EngineRequest, StopReason
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.engine.scheduler import SchedulerConfig
-from xgenmm.evaluation.golden import golden_generations, golden_model, golden_prompt
+from xgenmm.evaluation.golden import (
+    golden_generations,
+    golden_images,
+    golden_model,
+    golden_prompt,
+)
 from xgenmm.files import read_json_object
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 
@@ -95,7 +99,7 @@ def check_engine(
     requests: list[EngineRequest] = []
     for case in description["cases"]:
         prompt = golden_prompt(description, case["input_ids"])
-        images = [read_image(folder / file) for file in case["images"]]
+        images = golden_images(folder, case)
         tile = model.config.vision.image_size
         tiles = [tile_image(image, model.config.tiling, tile) for image in images]
         for stage, settings in _golden_settings(case, rng):
@@ -150,7 +154,9 @@ def _engine_request(
     return EngineRequest(
         prompt=prompt,
         images=tiles,
-        hashes=PromptHashes.from_prompt(prompt, tiles, model.config.resampler),
+        hashes=PromptHashes.from_prompt(
+            prompt, tiles, model.config.resampler, model.config.clip_tokens
+        ),
         params=settings,
         max_tokens=settings.max_new_tokens,
         sink=sink,

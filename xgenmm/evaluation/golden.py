@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from xgenmm.config import (
@@ -19,6 +20,7 @@ from xgenmm.config import (
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
+from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
 
 _TILING_MODES: dict[str, Literal["anyres", "squash", "pad"]] = {
@@ -121,6 +123,12 @@ def golden_model(folder: Path, golden: Mapping[str, Any]) -> XGenMM:
     model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     fuse_attention(model.vlm.vision_encoder)
     return model.eval().requires_grad_(False)
+
+
+def golden_images(folder: Path, description: Mapping[str, Any]) -> list[Image.Image]:
+    """Read the images of a case, or the frames of its clip."""
+    files = description["videos"][0] if "videos" in description else description["images"]
+    return [read_image(folder / file) for file in files]
 
 
 def golden_generations(

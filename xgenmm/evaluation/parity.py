@@ -17,13 +17,17 @@ from safetensors.torch import load_file
 
 from xgenmm.config import TilingConfig, XGenMMConfig
 from xgenmm.engine.reference import generate
-from xgenmm.evaluation.golden import golden_generations, golden_model, golden_prompt
+from xgenmm.evaluation.golden import (
+    golden_generations,
+    golden_images,
+    golden_model,
+    golden_prompt,
+)
 from xgenmm.files import read_json_object
 from xgenmm.models.attention import GrowingCache
 from xgenmm.models.image_features import normalize, padding_mask
 from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.frame_indices import EXACT_TOTAL, frame_indices
-from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 from xgenmm.preprocessing.tokenizer import Tokenizer
@@ -147,8 +151,7 @@ def _check_case(
         if f"{name}.{key}" in activations:
             case.compare(stage, activations[f"{name}.{key}"], found)
 
-    files = description["videos"][0] if "videos" in description else description["images"]
-    images = [read_image(folder / file) for file in files]
+    images = golden_images(folder, description)
     prompt = golden_prompt(golden, description["input_ids"])
     if model.config.temporal is not None:
         vision_tokens = _check_clip(model, images, compare)
