@@ -11,6 +11,7 @@ http       demo checkpoint, CPU: 16 clients of Cog's server against one; one req
 peers      demo checkpoint and mid-size random model, CPU: 64 image questions at once against vLLM
            and a loop over `transformers`
 image      mid-size random model: the second question on an image against the first
+video      8 frames of a clip by seeking against decoding everything
 golden     the original implementation's cases in one batch with other requests (needs --golden)
 soak       random requests, valid or not, read, cancelled or abandoned: slots, memory, outcomes
 choices    demo checkpoint: right answers by `choices` against free ones; JSON by a schema
@@ -44,6 +45,7 @@ from scripts.benchmarks.peers import peers
 from scripts.benchmarks.quantised import quantised
 from scripts.benchmarks.report import HEAD, Options, Row, machine
 from scripts.benchmarks.soak import soak
+from scripts.benchmarks.video import video
 from xgenmm import InputError
 
 PARTS: Mapping[str, Callable[[Options], Iterable[Row]]] = {
@@ -51,6 +53,7 @@ PARTS: Mapping[str, Callable[[Options], Iterable[Row]]] = {
     "http": http,
     "peers": peers,
     "image": image,
+    "video": video,
     "golden": golden,
     "soak": soak,
     "choices": choices,
@@ -115,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds",
         type=int,
         default=default.rounds,
-        help=f"caption, host, peers: rounds of all measurements (default: {default.rounds})",
+        help=f"caption, host, peers, video: rounds of all measurements (default: {default.rounds})",
     )
     parser.add_argument(
         "--vllm",

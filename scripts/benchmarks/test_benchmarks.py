@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmarks import host, http, image, peers
+from scripts.benchmarks import host, http, image, peers, video
 from scripts.benchmarks.__main__ import main
 from scripts.benchmarks.report import Row
 from scripts.local_server import LocalServer
@@ -27,6 +27,7 @@ SMALL = replace(
         ("http", 1, 1),
         ("peers", 2, 2),
         ("image", 1, 1),
+        ("video", 1, 2),
         ("choices", 7, 2),
         ("quantised", 1, 0),
     ],
@@ -43,6 +44,7 @@ def test_part_prints_and_writes_its_figures(
     monkeypatch.setattr(image, "MID_SIZE", SMALL)
     monkeypatch.setattr(peers, "MID_SIZE", SMALL)
     monkeypatch.setattr(host, "TOKENS", 40)
+    monkeypatch.setattr(video, "FRAMES", 30)
     monkeypatch.setattr(http, "serving", lambda environment: nullcontext(server))
     file = tmp_path / "figures.json"
     small = ["--requests", str(requests), "--scenes", "4", "--rounds", "1", "--vllm", "absent"]

@@ -243,6 +243,8 @@ def _answer(
     except InputError as error:
         header["input"] = error.name
         header["error"] = str(error).removeprefix(f"{error.name}: ")
+    except MemoryError:
+        header |= {"input": name, "error": "takes too much memory to decode; make it smaller"}
     signal.setitimer(signal.ITIMER_PROF, 0)
     header["seconds"] = time.process_time() - started
     return header, pixels

@@ -117,8 +117,7 @@ class VideoDecoder:
         if declared > self._limits.duration:
             raise self._too_long(declared)
         self._stream.codec_context.thread_count = 1  # frames and memory that the limits count
-        # Refuses frames larger than the header says.
-        self._stream.codec_context.options = {"max_pixels": str(_max_pixels(self._limits))}
+        self._stream.codec_context.options = {"max_pixels": _max_pixels(self._limits)}
 
     def close(self) -> None:
         """Close the container; the file stays open."""
@@ -314,8 +313,7 @@ def _open(file: BinaryIO, limits: VideoLimits) -> "InputContainer":
 
     file.seek(0)
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
-    # Also of the frames that FFmpeg decodes to learn about the streams.
-    options["max_pixels"] = str(_max_pixels(limits))
+    options["max_pixels"] = _max_pixels(limits)  # FFmpeg decodes a frame to know its format
     return av.open(file, "r", options=options, metadata_errors="replace", io_open=_refuse)
 
 
@@ -323,9 +321,12 @@ def _refuse(url: str, flags: int, options: object) -> BinaryIO:
     raise PermissionError("the file refers to another file")
 
 
-def _max_pixels(limits: VideoLimits) -> int:
-    """For FFmpeg; some codecs round sizes up before they are checked."""
-    return limits.frame_pixels * 5 // 4
+def _max_pixels(limits: VideoLimits) -> str:
+    """Largest frames for FFmpeg: a bound for files whose header lies.
+
+    It is wider than the limit, so that the error for most frames beyond that can say their size.
+    """
+    return str(4 * limits.frame_pixels)
 
 
 def _video_stream(container: "InputContainer", name: str) -> "VideoStream":

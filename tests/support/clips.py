@@ -1,0 +1,93 @@
+"""Short clips, encoded by the tests."""
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+PIXELS = NDArray[np.uint8]
+
+
+def moving_blocks(count: int, width: int, height: int) -> list[PIXELS]:
+    """RGB frames of a random pattern that moves, each with a stripe of a color of its own."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    pattern = blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
+    frames = [np.roll(pattern, (3 * i, 2 * i), (0, 1)) for i in range(count)]
+    for i, frame in enumerate(frames):
+        frame[:16] = 7 * i % 256
+    return frames
+
+
+def clip(
+    container: str = "mp4",
+    codec: str = "libx264",
+    count: int = 60,
+    size: tuple[int, int] = (96, 64),
+    *,
+    pixels: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    milliseconds: Sequence[int] | None = None,
+    **settings: Any,
+) -> bytes:
+    """Encode moving blocks.
+
+    options: of the codec; settings: attributes of its context.
+    milliseconds: the time of each frame; the default is 25 frames a second.
+    """
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=25, options=options or {})
+        stream.width, stream.height = size
+        stream.pix_fmt = pixels
+        if milliseconds is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for name, value in settings.items():
+            setattr(stream.codec_context, name, value)
+        for i, array in enumerate(moving_blocks(count, *size)):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            frame = frame.reformat(format=pixels, threads=1)
+            frame.pts = i
+            if milliseconds is not None:
+                frame.pts, frame.time_base = milliseconds[i], Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def large_frame(declared: tuple[int, int]) -> bytes:
+    """An 8K frame in a file that declares another size."""
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt = 7680, 4320, "yuvj420p"
+    codec.time_base = 1
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = *declared, "yuvj420p"
+        for packet in [*codec.encode(av.VideoFrame(7680, 4320, "yuvj420p")), *codec.encode()]:
+            packet.stream = stream
+            output.mux(packet)
+    return file.getvalue()
+
+
+def decode_everything(content: bytes) -> list[PIXELS]:
+    """Every frame as RGB by BT.601, as in the authors' script with PyAV 12."""
+    with av.open(io.BytesIO(content)) as container:
+        return [
+            frame.reformat(
+                format="rgb24",
+                src_colorspace="ITU601",
+                src_color_range=source_range(frame),
+                threads=1,
+            ).to_ndarray()
+            for frame in container.decode(video=0)
+        ]
+
+
+def source_range(frame: av.VideoFrame) -> str | None:
+    """Old versions of PyAV take the range from the pixel format, and ignore the file's tag."""
+    return "MPEG" if frame.format.name == "yuv420p" else None
