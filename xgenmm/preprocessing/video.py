@@ -4,6 +4,8 @@ Frames are chosen and converted as by the authors' inference script, which decod
 with `torchvision.io.read_video`: see `frame_indices` for the choice. Colors go by BT.601 and its
 limited range whatever the file says, as in PyAV up to 16, and rotation tags are ignored; so a file
 tagged BT.709 has slightly other colors than in a player. Pixel aspect ratios are ignored too.
+The pixels are those of PyAV 12, the authors', except for 4:2:0 frames of odd height, in NV12 or of
+more than 8 bits: newer versions of FFmpeg place their chroma samples differently.
 
 Files are untrusted. `VideoLimits` bounds what reading one may take; to bound its memory too, and
 to survive faults in a codec, decode in `decoders.ImageDecoders`.
