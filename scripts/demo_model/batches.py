@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.demo_model.labelled_images import LabelledImage, distinct, render, render_page
-from scripts.demo_model.packing import Rows, pack
+from scripts.demo_model.labelled_images import LabelledImage, render, render_page
+from scripts.demo_model.packing import Rows, distinct, pack
 from scripts.demo_model.pairs import (
     ask_difference,
     ask_pair,

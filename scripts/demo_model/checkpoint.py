@@ -51,7 +51,7 @@ def write_folder(folder: Path) -> None:
     """Write everything of the checkpoint but its weights: configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, Any]] = {
-        "config.json": _model_config(),
+        "config.json": model_config(CONFIG),
         "preprocessor_config.json": {
             "image_processor_type": "Blip3ImageProcessor",
             "do_resize": True,
@@ -81,9 +81,15 @@ def write_folder(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(_train_tokenizer())
 
 
-def _model_config() -> dict[str, Any]:
+def model_config(config: XGenMMConfig) -> dict[str, Any]:
     """The content of config.json, in the layout of the released checkpoints."""
-    vision, resampler, decoder = CONFIG.vision, CONFIG.resampler, CONFIG.decoder
+    vision, resampler, decoder = config.vision, config.resampler, config.decoder
+    temporal = {}
+    if config.temporal is not None:
+        sizes = ("memory_size", "num_layers", "num_heads")
+        temporal["temporal_encoder_config"] = {
+            name: getattr(config.temporal, name) for name in ("kind", *sizes)
+        }
     return {
         "architectures": ["XGenMMModelForConditionalGeneration"],
         "model_type": "xgenmm",
@@ -91,8 +97,8 @@ def _model_config() -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "vision_encoder_config": {
             "model_type": "xgenmm_vision_encoder",
-            "image_aspect_ratio": "anyres",
-            "anyres_patch_sampling": True,
+            "image_aspect_ratio": config.tiling.mode,
+            "anyres_patch_sampling": config.tiling.mode == "anyres",
             "hidden_size": vision.hidden_size,
             "intermediate_size": vision.intermediate_size,
             "num_hidden_layers": vision.num_layers,
@@ -107,6 +113,7 @@ def _model_config() -> dict[str, Any]:
             "num_heads": resampler.num_heads,
             "head_dim": resampler.head_dim,
         },
+        **temporal,
         "text_config": {
             "model_type": "phi3",
             "vocab_size": decoder.vocab_size,
@@ -178,9 +185,10 @@ def demo_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_weights(model: XGenMM, folder: Path) -> None:
-    """Write the model's parameters in bfloat16, and the folder's manifest."""
-    parameters = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
-    save_file(parameters, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
-    write_manifest(folder, name="demo")
+    """Write the model's tensors in bfloat16, atomically, and the folder's manifest."""
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
+    (folder / "model.tmp").chmod(0o644)
+    (folder / "model.tmp").replace(folder / "model.safetensors")
+    write_manifest(folder, name=folder.name)
     logger.info("wrote %s", folder / "model.safetensors")

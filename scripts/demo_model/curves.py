@@ -31,10 +31,10 @@ def plot_curves(folder: Path, state: Path) -> None:
         upper.text(
             start, 1.02, stage, transform=upper.get_xaxis_transform(), fontsize=8, rotation=45
         )
-    upper.set_ylabel("loss on new scenes")
+    upper.set_ylabel("training loss")
     upper.set_yscale("log")
     lower.set_ylabel("share of right answers")
     lower.set_ylim(0, 1)
     lower.set_xlabel("minutes of training")
     figure.tight_layout()
-    figure.savefig(folder / "training.png", dpi=110)
+    figure.savefig(folder / "training.png", dpi=80)

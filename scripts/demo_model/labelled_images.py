@@ -40,6 +40,11 @@ class LabelledImage:
     cover: torch.Tensor
     center: torch.Tensor
 
+    @property
+    def num_tokens(self) -> int:
+        """How many vision tokens the image has."""
+        return self.tiles.pixels.shape[0] * CONFIG.resampler.num_latents
+
 
 def render(scene: Scene, rng: random.Random) -> LabelledImage:
     """Draw the scene, three times in ten with JPEG artefacts, and label its cells."""
@@ -118,8 +123,3 @@ def label_sets(image: LabelledImage) -> torch.Tensor:
     """`band_labels` of cover and centre: int64 [2, tiles, SIDE**2, 3]."""
     columns, rows = image.tiles.columns, image.tiles.rows
     return torch.stack([band_labels(cells, columns, rows) for cells in (image.cover, image.center)])
-
-
-def distinct(examples: Sequence[tuple[Sequence[LabelledImage], object]]) -> list[LabelledImage]:
-    """The images of the examples, each once, in order of first appearance."""
-    return list({id(image): image for images, _ in examples for image in images}.values())

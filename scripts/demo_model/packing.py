@@ -7,11 +7,10 @@ branch attends to the prefix and to itself.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
-from scripts.demo_model.checkpoint import CONFIG
-from scripts.demo_model.labelled_images import LabelledImage, distinct
 from scripts.demo_model.wordings import QA
 from xgenmm.preprocessing.prompts import DEFAULT_SYSTEM_PROMPT, Prompt, chat_prompt
 from xgenmm.preprocessing.tokenizer import SpecialToken, Tokenizer
@@ -40,7 +39,21 @@ class Rows:
     shown: list[int]
 
 
-Example = tuple[Sequence[LabelledImage], Sequence[QA]]
+class Shown(Protocol):
+    """An image or a clip, as far as packing is concerned."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many vision tokens it has."""
+
+
+ShownT = TypeVar("ShownT", bound=Shown)
+Example = tuple[Sequence[Shown], Sequence[QA]]
+
+
+def distinct(examples: Sequence[tuple[Sequence[ShownT], object]]) -> list[ShownT]:
+    """The images of the examples, each once, in order of first appearance."""
+    return list({id(image): image for images, _ in examples for image in images}.values())
 
 
 def pack(tokenizer: Tokenizer, examples: Sequence[Example]) -> Rows:
@@ -64,7 +77,7 @@ def pack(tokenizer: Tokenizer, examples: Sequence[Example]) -> Rows:
 
 
 def _pack_row(
-    tokenizer: Tokenizer, images: Sequence[LabelledImage], asked: Sequence[QA]
+    tokenizer: Tokenizer, images: Sequence[Shown], asked: Sequence[QA]
 ) -> dict[str, list[float]]:
     """The columns of one row, by the name of the field of `Rows`."""
     row: dict[str, list[float]] = defaultdict(list)
@@ -95,13 +108,12 @@ def _pack_row(
     return row
 
 
-def _prefix_ids(prompt: Prompt, images: Sequence[LabelledImage]) -> list[float]:
+def _prefix_ids(prompt: Prompt, images: Sequence[Shown]) -> list[float]:
     """The prompt's ids up to its last image, each image's id repeated for all its tokens."""
     ids: list[float] = []
     end = 0
     for (position, length), image in zip(prompt.spans, images, strict=True):
         ids += prompt.ids[end:position]
-        count = image.tiles.pixels.shape[0] * CONFIG.resampler.num_latents
-        ids += [prompt.ids[position]] * count
+        ids += [prompt.ids[position]] * image.num_tokens
         end = position + length
     return ids

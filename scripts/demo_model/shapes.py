@@ -91,11 +91,11 @@ def place_shape(
         x = rng.uniform(1, width - w - 1)
         y = rng.uniform(1, height - h - 1)
         box = (x, y, x + w, y + h)
-        if not any(_overlap(box, other, gap) for other in taken):
+        if not any(overlap(box, other, gap) for other in taken):
             return Shape(kind, "", box, angle, (0, 0, 0))
     return None
 
 
-def _overlap(a: Box, b: Box, gap: float) -> bool:
+def overlap(a: Box, b: Box, gap: float) -> bool:
     """Whether less than `gap` pixels separate two boxes."""
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap

@@ -121,7 +121,7 @@ def test_training_resumes_and_writes_a_checkpoint(
     save, saves = training.save, 0
 
     def stop_after_three(
-        run: training.Run, optimizers: Sequence[torch.optim.Optimizer], folder: Path
+        run: training.Run[Heads], optimizers: Sequence[torch.optim.Optimizer], folder: Path
     ) -> None:
         nonlocal saves
         save(run, optimizers, folder)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -26,8 +26,11 @@ LOG_STEPS = 20
 SAVE_STEPS = 100
 
 
+HeadsT = TypeVar("HeadsT", bound=nn.Module)
+
+
 @dataclass
-class Run:
+class Run(Generic[HeadsT]):
     """A training run: what is trained, and how far it is.
 
     stage, step: the next step. seconds: training time so far. optimizer_states: of the saved
@@ -35,7 +38,7 @@ class Run:
     """
 
     model: XGenMM
-    heads: Heads
+    heads: HeadsT
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -72,7 +75,7 @@ def initialize(model: XGenMM) -> None:
             nn.init.normal_(parameter, std=0.1)
 
 
-def run_stage(run: Run, stage: Stage, batches: Batches, state: Path) -> None:
+def run_stage(run: Run[Heads], stage: Stage, batches: Batches, state: Path) -> None:
     """Run a stage from `run.step` to its end, logging and saving every few steps."""
     optimizers = make_optimizers(run.model, run.heads, stage.rate)
     if run.optimizer_states:
@@ -99,7 +102,7 @@ def run_stage(run: Run, stage: Stage, batches: Batches, state: Path) -> None:
 
 
 def train_step(
-    run: Run,
+    run: Run[Heads],
     stage: Stage,
     step: int,
     batch: Batch,
@@ -109,7 +112,7 @@ def train_step(
     weights = LOSS_WEIGHTS[stage.name]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, step)
+            group["lr"] = learning_rate(step, stage.steps, stage.rate, stage.final_rate)
     with torch.autocast("cpu", torch.bfloat16):
         losses, right = compute_losses(run.model, run.heads, weights, *batch)
     torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
@@ -120,14 +123,15 @@ def train_step(
     return {name: loss.item() for name, loss in losses.items()}, right
 
 
-def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, and linear decay over the stage."""
-    warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
-    progress = step / stage.steps
-    return warm_up * (stage.rate + (stage.final_rate - stage.rate) * progress)
+def learning_rate(
+    step: int, steps: int, rate: float, final_rate: float, warm_up_steps: int = WARM_UP_STEPS
+) -> float:
+    """Linear warm-up, and linear decay over the `steps` of a stage."""
+    warm_up = min(1.0, (step + 1) / warm_up_steps)
+    return warm_up * (rate + (final_rate - rate) * step / steps)
 
 
-def make_optimizers(model: XGenMM, heads: Heads, rate: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: XGenMM, heads: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, which need fewer steps with it; AdamW for the rest.
 
     Muon's updates are scaled to those of AdamW (arXiv 2502.16982, section 2.2), so that one
@@ -136,7 +140,7 @@ def make_optimizers(model: XGenMM, heads: Heads, rate: float) -> list[torch.opti
     matrices: list[nn.Parameter] = []
     others = list(heads.parameters())
     for name, parameter in model.named_parameters():
-        hidden = ".layers." in name and parameter.ndim == 2
+        hidden = "layers." in name and parameter.ndim == 2
         (matrices if hidden else others).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -177,7 +181,7 @@ class Meter:
         }
 
 
-def save(run: Run, optimizers: Sequence[torch.optim.Optimizer], state: Path) -> None:
+def save(run: Run[Any], optimizers: Sequence[torch.optim.Optimizer], state: Path) -> None:
     """Replace the saved state and the history, each atomically."""
     (state / "history.tmp").write_text(json.dumps(run.history))
     (state / "history.tmp").replace(state / "history.json")
@@ -193,7 +197,7 @@ def save(run: Run, optimizers: Sequence[torch.optim.Optimizer], state: Path) -> 
     (state / "last.tmp").replace(state / "last.pt")
 
 
-def restore(run: Run, state: Path) -> None:
+def restore(run: Run[Any], state: Path) -> None:
     """Read what `save` wrote."""
     saved = torch.load(state / "last.pt", weights_only=True)
     run.model.load_state_dict(saved["model"])
