@@ -35,7 +35,7 @@ def test_released_folder_gets_its_configuration(name: str) -> None:
 
 
 def test_every_release_has_a_configuration() -> None:
-    assert set(releases()) == {*RELEASES, "demo"}
+    assert set(releases()) == {*RELEASES, "demo", "demo-video"}
 
 
 def test_folder_with_an_unknown_name_is_recognised_by_its_files() -> None:

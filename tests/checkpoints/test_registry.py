@@ -67,8 +67,8 @@ def test_error_for_a_missing_demo_says_how_to_get_it(
 
 def test_releases_are_complete() -> None:
     known = releases()
-    assert len(known) == 9
-    assert len({name for release in known.values() for name in release.names}) == 8 * 2 + 4 * 2 + 1
+    assert len(known) == 10
+    assert len({name for release in known.values() for name in release.names}) == 8 * 2 + 4 * 2 + 2
     assert all(r.license == "cc-by-nc-4.0" for r in known.values() if "-vid-" in r.name)
     base = known["xgen-mm-phi3-mini-base-r-v1.5"]
     assert base.parameters == 4_359_257_219

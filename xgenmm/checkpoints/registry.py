@@ -139,8 +139,8 @@ def resolve(name_or_folder: str | os.PathLike[str]) -> Path:
     if not release.repos:
         raise CheckpointError(
             f"model: {looked}. It is part of the repository, not of the installed package: clone "
-            "the repository, then pass the path of its weights/demo or set XGENMM_HOME to its "
-            "weights folder"
+            f"the repository, then pass the path of its weights/{release.name} or set XGENMM_HOME "
+            "to its weights folder"
         )
     raise CheckpointError(f"model: {looked}; download it with: xgenmm download {release.name}")
 
