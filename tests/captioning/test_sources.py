@@ -12,7 +12,7 @@ import pytest
 
 from tests.captioning.dataset import png, records, write_images, write_table, write_tar
 from xgenmm import InputError
-from xgenmm.captioning.images import load_image
+from xgenmm.captioning.media import load_image
 from xgenmm.captioning.sources import count_records
 
 

@@ -2,11 +2,11 @@
 
 A record's rows do not depend on the records answered with it, nor on whether `caption_in_process`
 or `ray_pipeline.caption_with_ray` runs them. `xgenmm.load` and `xgenmm.Request` are only looked up
-when needed, because they import PyTorch, which processes that only read images do not need.
+when needed, because they import PyTorch, which processes that only read records do not need.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,13 +15,13 @@ from threading import BoundedSemaphore, Thread
 from typing import TYPE_CHECKING, TypeVar
 
 import xgenmm
-from xgenmm.captioning.images import load_image, start_download
+from xgenmm.captioning.media import MediaReader
 from xgenmm.captioning.records import Record, Row
-from xgenmm.config import XGenMMConfig
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.errors import InputError
 from xgenmm.preprocessing.fetch import FetchLimits
-from xgenmm.preprocessing.tiling import TiledImage, tile_image
+from xgenmm.preprocessing.tiling import TiledImage
+from xgenmm.preprocessing.video import FrameSelection
 
 if TYPE_CHECKING:
     from xgenmm import Engine
@@ -40,7 +40,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class CaptionTask:
-    """How to answer each record, the engine to use (see `xgenmm.load`), and limits of downloads."""
+    """How to answer each record, the engine to use (see `xgenmm.load`), and limits of downloads.
+
+    frames: to take from each video.
+    """
 
     model: str
     device: str | None = None
@@ -49,6 +52,7 @@ class CaptionTask:
     system_prompt: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     limits: FetchLimits = field(default_factory=FetchLimits)
+    frames: FrameSelection = field(default_factory=FrameSelection)
 
     def load(self) -> "Engine":
         """Load the engine. Raises as `xgenmm.load` does."""
@@ -63,39 +67,42 @@ class CaptionTask:
 
 
 def preprocess_record(
-    record: Record, config: XGenMMConfig, download: Future[bytes] | None
-) -> TiledImage | str:
-    """Return a record's image in tiles, or the error of a record that cannot be used.
+    record: Record, reader: MediaReader, download: Future[bytes] | None
+) -> list[TiledImage] | str:
+    """Return a record's image, or frames of its video, in tiles; or the error of the record.
 
-    download: what `images.start_download` returned.
+    download: what `reader.start_download` returned.
     """
     if record.error is not None:
         return record.error
     try:
-        image = load_image(record, download)
-        return tile_image(image, config.tiling, config.vision.image_size)
+        return reader.read(record, download)
     except InputError as error:
         return str(error)
 
 
 def answer_record(
-    engine: "Engine", task: CaptionTask, record: Record, image: TiledImage | str
+    engine: "Engine", task: CaptionTask, record: Record, images: Sequence[TiledImage] | str
 ) -> list[Row]:
     """Return a row for each question of a record.
 
-    image: what `preprocess_record` returned; an error is copied to all rows.
+    images: what `preprocess_record` returned; an error is copied to all rows.
 
     Invalid input becomes the error of its row. Raises EngineError if the engine itself fails.
     """
-    return [_answer(engine, task, record, image, question) for question in record.questions]
+    return [_answer(engine, task, record, images, question) for question in record.questions]
 
 
 def _answer(
-    engine: "Engine", task: CaptionTask, record: Record, image: TiledImage | str, question: str
+    engine: "Engine",
+    task: CaptionTask,
+    record: Record,
+    images: Sequence[TiledImage] | str,
+    question: str,
 ) -> Row:
-    if isinstance(image, str):
-        return Row(record.id, record.image, question, error=image)
-    request = xgenmm.Request(question, [image], task.system_prompt, sampling=task.sampling)
+    if isinstance(images, str):
+        return Row(record.id, record.image, question, error=images)
+    request = xgenmm.Request(question, images, task.system_prompt, sampling=task.sampling)
     try:
         answer = engine.stream(request)
         text = answer.text()
@@ -119,16 +126,18 @@ def caption_in_process(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each record as soon as they are complete."""
     reading = BoundedSemaphore(2 * (os.cpu_count() or 1))  # bounds the memory of decoded images
+    reader = MediaReader(engine.config, task.frames, task.limits)
 
     def answer(record: Record) -> list[Row]:
-        download = start_download(record, task.limits)
+        download = reader.start_download(record)
         if download is not None:
             wait([download])  # before `reading`, so that slow servers do not delay other images
         with reading:
-            image = preprocess_record(record, engine.config, download)
-        return answer_record(engine, task, record, image)
+            images = preprocess_record(record, reader, download)
+        return answer_record(engine, task, record, images)
 
-    return map_in_threads(answer, records, RECORDS_PER_SEQ * engine.max_num_seqs)
+    yield from map_in_threads(answer, records, RECORDS_PER_SEQ * engine.max_num_seqs)
+    reader.close()  # not when the caller stops early: it would wait for videos in progress
 
 
 def map_in_threads(

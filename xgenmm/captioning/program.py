@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from xgenmm.captioning.media import video_suffixes
 from xgenmm.captioning.pipeline import CaptionTask, caption_in_process
 from xgenmm.captioning.ray_pipeline import caption_with_ray
 from xgenmm.captioning.records import Record, Row, escape_surrogates
@@ -23,19 +24,22 @@ from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams
 from xgenmm.errors import CheckpointError, EngineError, InputError
 from xgenmm.preprocessing.fetch import FetchLimits
+from xgenmm.preprocessing.video import DEFAULT_FRAMES, MAX_FRAMES, FrameSelection
 
 DESCRIPTION = """\
-Ask the same questions about every image of a dataset.
+Ask the same questions about every image or video of a dataset.
 
     xgenmm caption photos -o captions
     xgenmm caption laion.parquet -o captions.jsonl --image-column url \\
         --template "The page says: {alt} What does the image show?"
     xgenmm caption "shards/*.tar" -o counts --question "How many people?" --ray local
 
-INPUT is a folder of images, a table (.jsonl, .csv, .parquet) with a column of paths or URLs, or
-WebDataset tars (a folder, a file or a pattern). OUTPUT is a folder of shards with a row for each
-image and question. An image that cannot be read gets a row with an error. To continue a run that
-was interrupted, give the same command again.
+INPUT is a folder of images or videos, a table (.jsonl, .csv, .parquet) with a column of paths or
+URLs, or WebDataset tars (a folder, a file or a pattern). OUTPUT is a folder of shards with a row
+for each image or video and question. What cannot be read gets a row with an error. To continue a
+run that was interrupted, give the same command again.
+
+Video models take videos; interleave and dpo models take their frames as images.
 """
 
 FORMATS = ("parquet", "jsonl")
@@ -78,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ray", metavar="ADDRESS", help="run on a Ray cluster; local: start one on this machine")
     add("--actors", type=int, help="engines with --ray; default: one per GPU, else per CPU core")
     add("--system-prompt", help="default: the one used in training")
+    _add_video_arguments(parser)
     _add_download_arguments(parser)
     _add_sampling_arguments(parser)
 
@@ -96,6 +101,23 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of `FrameSelection` that a dataset may need."""
+    parser.add_argument(
+        "--num-frames",
+        type=int,
+        help=f"frames of each video, 1 to {MAX_FRAMES}; default: {DEFAULT_FRAMES}, or all of a "
+        "shorter one",
+    )
+    for name, default in (("start", "the first frame"), ("end", "the last frame")):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            metavar="SECONDS",
+            help=f"{name} of the part of each video to take frames from; default: {default}",
+        )
+
+
 def _add_download_arguments(parser: argparse.ArgumentParser) -> None:
     """Add an option for each limit of a download that users may want to change."""
     limits = FetchLimits()
@@ -103,13 +125,13 @@ def _add_download_arguments(parser: argparse.ArgumentParser) -> None:
         "--download-seconds",
         type=float,
         default=limits.seconds,
-        help=f"longest time for an image at a URL; default: {limits.seconds:g}",
+        help=f"longest time for a download; default: {limits.seconds:g}",
     )
     parser.add_argument(
         "--download-bytes",
         type=int,
         default=limits.max_bytes,
-        help=f"largest image at a URL; default: {limits.max_bytes}",
+        help=f"largest download; default: {limits.max_bytes}",
     )
     parser.add_argument(
         "--public-addresses-only",
@@ -164,16 +186,20 @@ def _caption(options: argparse.Namespace) -> None:
         options.system_prompt,
         sampling,
         _download_limits(options),
+        FrameSelection(options.num_frames, options.start, options.end),
     )
-    caption_question = read_config(resolve(task.model)).text.caption_question
-    templates = options.templates or [escape_template(caption_question)]
+    task.frames.check()
+    config = read_config(resolve(task.model))
+    videos = video_suffixes(config)
+    templates = options.templates or [escape_template(config.text.caption_question)]
     format_ = options.format or options.output.suffix.removeprefix(".")
     if format_ not in FORMATS:
         format_ = "parquet"
-    count = count_records(options.input, templates, options.image_column)
+    source = (options.input, templates, options.image_column, videos)
+    count = count_records(*source)
     settings = _settings(options, task, templates)
     with open_shards(options.output, format_, options.shard_rows, settings) as shards:
-        pending = shards.pending(read_records(options.input, templates, options.image_column))
+        pending = shards.pending(read_records(*source))
         rows = _caption_records(task, pending, options.ray, options.actors)
         written, errors = _write(shards, rows, options.output.name, count, len(templates))
     output = escape_surrogates(str(options.output))
@@ -192,6 +218,9 @@ def _settings(
         "dtype": task.dtype,
         "quantize": task.quantize,
         "system_prompt": task.system_prompt,
+        "num_frames": task.frames.num_frames,
+        "start": task.frames.start,
+        "end": task.frames.end,
         **asdict(task.sampling),
     }
 

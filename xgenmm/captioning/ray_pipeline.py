@@ -1,10 +1,13 @@
-"""`pipeline` on Ray Data: tasks on CPUs read and tile images, actors with an engine each answer.
+"""`pipeline` on Ray Data: tasks on CPUs read and tile images and videos, actors with an engine
+each answer.
 
 Ray and pyarrow are imported only where they are used; they are optional dependencies.
 """
 
+import functools
 import json
 import logging
+import math
 import os
 import socket
 from collections import deque
@@ -16,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from xgenmm.captioning.images import start_download
+from xgenmm.captioning.media import MediaReader
 from xgenmm.captioning.pipeline import (
     MAX_NUM_SEQS,
     RECORDS_PER_SEQ,
@@ -30,12 +33,13 @@ from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.errors import InputError
 from xgenmm.preprocessing.fetch import FetchLimits
 from xgenmm.preprocessing.tiling import TiledImage
+from xgenmm.preprocessing.video import FrameSelection
 
 RECORDS_PER_BLOCK = 32
 """Records that a task reads, and an actor receives, at a time."""
 
 DOWNLOADS_PER_TASK = 8
-"""Images that a task downloads at a time. Each may need the memory that limits allow."""
+"""Images or videos that a task downloads at a time. Each may need the memory that limits allow."""
 
 BLOCKS_PER_ACTOR = RECORDS_PER_SEQ * MAX_NUM_SEQS // RECORDS_PER_BLOCK
 """Blocks that an actor works on at once, so that no sequence is idle when one block ends."""
@@ -49,7 +53,7 @@ def caption_with_ray(
     Ray replaces an actor or a worker that dies and repeats its unfinished blocks.
 
     Args:
-        records: kept in Ray's memory all at once; their images are not.
+        records: kept in Ray's memory all at once; their images and videos are not.
         address: of a running cluster (see `ray.init`), whose machines have this package, the
             checkpoint and INPUT at the same paths; `local` starts a cluster on this machine.
         num_actors: number of engines; by default one per GPU, or one per CPU core without GPUs.
@@ -130,52 +134,48 @@ def _build_pipeline(
 def preprocess_block(block: Any, task: CaptionTask) -> Any:
     """Run `preprocess_record` on a block of records, as a Ray task on a CPU.
 
-    block: a pyarrow table with the column `record`, in JSON. Returns a table with the fields of
-    TiledImage next to it, or an `error`.
+    block: a pyarrow table with the column `record`, in JSON. Returns a table with an `error` next
+    to it, or the `pixels` of all tiles and, as JSON in `images`, the other fields of each
+    TiledImage.
     """
     import pyarrow
 
-    config = read_config(resolve(task.model))
+    reader = _reader(task.model, task.frames, task.limits)
     rows: list[dict[str, Any]] = []
-    for record, download in _start_downloads(block["record"].to_pylist(), task.limits):
-        image = preprocess_record(_parse_record(record), config, download)
-        if isinstance(image, str):
-            rows.append({"record": record, "error": image})
+    for record, download in _start_downloads(block["record"].to_pylist(), reader):
+        images = preprocess_record(_parse_record(record), reader, download)
+        if isinstance(images, str):
+            rows.append({"record": record, "error": images})
         else:
-            rows.append(
-                {
-                    "record": record,
-                    "pixels": image.pixels.tobytes(),
-                    "shape": list(image.pixels.shape),
-                    "columns": image.columns,
-                    "rows": image.rows,
-                    "image_size": list(image.image_size),
-                }
-            )
-    sizes = pyarrow.list_(pyarrow.int32())
+            fields = [(i.pixels.shape, i.columns, i.rows, i.image_size) for i in images]
+            pixels = b"".join(image.pixels.data for image in images)
+            rows.append({"record": record, "images": json.dumps(fields), "pixels": pixels})
     schema = pyarrow.schema(
         {
             "record": pyarrow.string(),
             "error": pyarrow.string(),
+            "images": pyarrow.string(),
             "pixels": pyarrow.large_binary(),
-            "shape": sizes,
-            "columns": pyarrow.int32(),
-            "rows": pyarrow.int32(),
-            "image_size": sizes,
         }
     )
     return pyarrow.Table.from_pylist(rows, schema)
 
 
+@functools.lru_cache(1)
+def _reader(model: str, frames: FrameSelection, limits: FetchLimits) -> MediaReader:
+    """The reader of this worker process, which runs one task at a time."""
+    return MediaReader(read_config(resolve(model)), frames, limits, processes=1)
+
+
 def _start_downloads(
-    records: Sequence[str], limits: FetchLimits
+    records: Sequence[str], reader: MediaReader
 ) -> Iterator[tuple[str, Future[bytes] | None]]:
     """Yield each record, in JSON, with its download; the next ones are in progress already."""
     downloads = deque[Future[bytes] | None]()
     for number, record in enumerate(records):
         while len(downloads) < min(DOWNLOADS_PER_TASK, len(records) - number):
             following = records[number + len(downloads)]
-            downloads.append(start_download(_parse_record(following), limits))
+            downloads.append(reader.start_download(_parse_record(following)))
         yield record, downloads.popleft()
 
 
@@ -192,7 +192,7 @@ class CaptionActor:
 
         def answer(item: dict[str, Any]) -> list[Row]:
             record = _parse_record(item["record"])
-            return answer_record(self._engine, self._task, record, _parse_image(item))
+            return answer_record(self._engine, self._task, record, _parse_images(item))
 
         answers = map_in_threads(answer, block.to_pylist(), len(block))
         return pyarrow.table({"rows": [json.dumps([asdict(row) for row in a]) for a in answers]})
@@ -203,12 +203,15 @@ def _parse_record(text: str) -> Record:
     return Record(**{**fields, "questions": tuple(fields["questions"])})
 
 
-def _parse_image(item: dict[str, Any]) -> TiledImage | str:
+def _parse_images(item: dict[str, Any]) -> list[TiledImage] | str:
     if item["error"] is not None:
         return str(item["error"])
-    pixels = np.frombuffer(item["pixels"], dtype=np.uint8).reshape(item["shape"])
-    width, height = item["image_size"]
-    return TiledImage(pixels, item["columns"], item["rows"], (width, height))
+    images, offset = list[TiledImage](), 0
+    for shape, columns, rows, (width, height) in json.loads(item["images"]):
+        pixels = np.frombuffer(item["pixels"], np.uint8, math.prod(shape), offset).reshape(shape)
+        images.append(TiledImage(pixels, columns, rows, (width, height)))
+        offset += pixels.nbytes
+    return images
 
 
 def _connect(address: str) -> Any:

@@ -1,17 +1,17 @@
-"""What INPUT and OUTPUT consist of: a record is an image with its questions, a row is an answer."""
+"""INPUT and OUTPUT: a record is an image or video with its questions, a row is an answer."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image of INPUT and the questions about it.
+    """One image or video of INPUT and the questions about it.
 
     id: unique in INPUT and the same in every run: the path in a folder, the row number of a table
         (from 0), or `TAR/KEY`.
-    image: the image as INPUT names it.
-    source: the file or http(s) URL that contains the image.
-    offset, size: the byte range of the image in `source`; the whole file if `size` is None.
+    image: the image or video as INPUT names it.
+    source: the file or http(s) URL that contains it.
+    offset, size: its byte range in `source`; the whole file if `size` is None.
     questions: the templates, filled with the columns of this record.
     error: why the record cannot be used, if listing it already showed that; `questions` are then
         the unfilled templates.

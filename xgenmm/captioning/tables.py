@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from xgenmm.captioning.images import is_url
+from xgenmm.captioning.media import is_url
 from xgenmm.captioning.records import Record, escape_surrogates
 from xgenmm.captioning.templates import Columns
 from xgenmm.captioning.untrusted import (
@@ -25,7 +25,7 @@ MAX_LINE_LENGTH = 2**24
 
 
 def read_table(path: Path, column: str, used: frozenset[str]) -> Iterator[tuple[Record, Columns]]:
-    """Yield the record and the columns of each row; `column` holds the image's path or URL.
+    """Yield the record and the columns of each row; `column` holds the path or URL.
 
     Paths are relative to the table's folder.
 

@@ -2,12 +2,12 @@
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xgenmm.captioning.images import IMAGE_SUFFIXES
+from xgenmm.captioning.media import IMAGE_SUFFIXES
 from xgenmm.captioning.records import Record, UniqueIds, escape_surrogates
 from xgenmm.captioning.templates import Columns
 from xgenmm.captioning.untrusted import check_regular, parse_json_object, shorten
@@ -16,10 +16,15 @@ MAX_HEADER_BYTES = 2**16
 MAX_TEXT_BYTES = 2**24
 
 
-def read_tars(root: Path, paths: Sequence[Path], column: str) -> Iterator[tuple[Record, Columns]]:
+def read_tars(
+    root: Path, paths: Sequence[Path], column: str, videos: Set[str] = frozenset()
+) -> Iterator[tuple[Record, Columns]]:
     """Yield the record and the columns of each sample in `paths`, which are below `root`.
 
-    The columns are `key`, `txt`, the fields of the sample's .json, and `column` for the image.
+    The columns are `key`, `txt`, the fields of the sample's .json, and `column` for the image or
+    video. A sample with both is a video.
+
+    videos: suffixes of videos.
     """
     for path in paths:
         name = path.relative_to(root).as_posix()
@@ -31,7 +36,7 @@ def read_tars(root: Path, paths: Sequence[Path], column: str) -> Iterator[tuple[
                 tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar,
             ):
                 for key, members in _samples(tar, file):
-                    record, columns = _read_sample(path, file, members, column)
+                    record, columns = _read_sample(path, file, members, column, videos)
                     id_ = ids.add(escape_surrogates(f"{name}/{key}"))
                     yield replace(record, id=id_), {"key": key, **columns}
         except Exception as error:  # tarfile raises many kinds on damaged headers
@@ -97,22 +102,28 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _read_sample(
-    path: Path, file: _TarFile, members: Sequence[tarfile.TarInfo], column: str
+    path: Path, file: _TarFile, members: Sequence[tarfile.TarInfo], column: str, videos: Set[str]
 ) -> tuple[Record, Columns]:
     """Return the record, still without an id, and the columns of one sample."""
     columns: dict[str, Any] = {}
     image: tarfile.TarInfo | None = None
+    video: tarfile.TarInfo | None = None
     for member in members:
         extension = _split(member.name)[1]
+        suffix = f".{extension.rpartition('.')[2]}"
         if extension in ("txt", "json"):
             try:
                 columns |= _parse_columns(extension, _read_member(file, member))
             except ValueError as error:
                 return _invalid(f"INPUT: {_name(member)} is {error}"), {column: ""}
-        elif image is None and f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES:
-            image = member
+        elif suffix in videos:
+            video = video or member
+        elif suffix in IMAGE_SUFFIXES:
+            image = image or member
+    image = video or image
     if image is None:
-        return _invalid(f"image: the sample of {_name(members[0])} has no image"), columns
+        wanted = "image or video" if videos else "image"
+        return _invalid(f"image: the sample of {_name(members[0])} has no {wanted}"), columns
     columns[column] = image.name
     if not _is_plain(image):
         return _invalid(f"image: {_name(image)} is a link, sparse or not a file"), columns

@@ -54,7 +54,9 @@ class FetchLimits:
     private_addresses: bool = True
 
 
-def start_fetch(url: str, limits: FetchLimits, name: str = "image") -> Future[bytes]:
+def start_fetch(
+    url: str, limits: FetchLimits, name: str = "image", *, video: bool = False
+) -> Future[bytes]:
     """Start to download in the background, and return the future of the body.
 
     Its `cancel` closes the connection, and `result` then raises CancelledError. All may be called
@@ -63,11 +65,13 @@ def start_fetch(url: str, limits: FetchLimits, name: str = "image") -> Future[by
 
     Args:
         name: the input's name in error messages.
+        video: whether a video is wanted, or either.
 
     The future raises InputError if the URL is invalid or its host is not allowed, if the server
-    cannot be reached, answers with an error, a web page, audio or video, or exceeds a limit.
+    cannot be reached, answers with an error, a web page, audio or an unwanted video, or exceeds a
+    limit.
     """
-    return asyncio.run_coroutine_threadsafe(_Fetch(url, limits, name).run(), _event_loop())
+    return asyncio.run_coroutine_threadsafe(_Fetch(url, limits, name, video).run(), _event_loop())
 
 
 def is_public(address: str) -> bool:
@@ -106,6 +110,7 @@ class _Fetch:
     url: str
     limits: FetchLimits
     name: str
+    video: bool
 
     async def run(self) -> bytes:
         try:
@@ -158,9 +163,11 @@ class _Fetch:
         if response.status_code != httpx.codes.OK:
             raise self._error(f"returned HTTP {response.status_code}")
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        # Only types that rule an image out: many servers send images as text/plain or worse.
-        if kind.startswith(("audio/", "video/", "text/", "multipart/")) and kind != "text/plain":
-            raise self._error(f"is {_shorten(kind)}, not an image")
+        # Only types that rule out what is wanted: many servers send images as text/plain or worse.
+        refused = ("audio/", "text/", "multipart/", *(() if self.video else ("video/",)))
+        if kind.startswith(refused) and kind != "text/plain":
+            wanted = "an image or a video" if self.video else "an image"
+            raise self._error(f"is {_shorten(kind)}, not {wanted}")
         if int(response.headers.get("Content-Length", 0)) > self.limits.max_bytes:
             raise self._too_long()
         body = bytearray()

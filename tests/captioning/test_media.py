@@ -7,7 +7,7 @@ import pytest
 
 from tests.captioning.dataset import png
 from xgenmm import InputError
-from xgenmm.captioning.images import MAX_IMAGE_BYTES, load_image, start_download
+from xgenmm.captioning.media import MAX_IMAGE_BYTES, load_image, start_download
 from xgenmm.captioning.records import Record
 from xgenmm.preprocessing.fetch import FetchLimits
 
