@@ -11,6 +11,7 @@ http       demo checkpoint, CPU: 16 clients of Cog's server against one; one req
 peers      demo checkpoint and mid-size random model, CPU: 64 image questions at once against vLLM
            and a loop over `transformers`
 image      mid-size random model: the second question on an image against the first
+clip       the same for a video model, on clips of 8 frames
 video      8 frames of a clip by seeking against decoding everything
 golden     the original implementation's cases in one batch with other requests (needs --golden)
 soak       random requests, valid or not, read, cancelled or abandoned: slots, memory, outcomes
@@ -40,7 +41,7 @@ from scripts.benchmarks.golden import golden, golden_folders
 from scripts.benchmarks.gpu.run import gpu
 from scripts.benchmarks.host import host
 from scripts.benchmarks.http import http
-from scripts.benchmarks.image import image
+from scripts.benchmarks.image import clip, image
 from scripts.benchmarks.peers import peers
 from scripts.benchmarks.quantised import quantised
 from scripts.benchmarks.report import HEAD, Options, Row, machine
@@ -53,6 +54,7 @@ PARTS: Mapping[str, Callable[[Options], Iterable[Row]]] = {
     "http": http,
     "peers": peers,
     "image": image,
+    "clip": clip,
     "video": video,
     "golden": golden,
     "soak": soak,

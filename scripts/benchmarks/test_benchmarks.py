@@ -27,6 +27,7 @@ SMALL = replace(
         ("http", 1, 1),
         ("peers", 2, 2),
         ("image", 1, 1),
+        ("clip", 1, 1),
         ("video", 1, 2),
         ("choices", 7, 2),
         ("quantised", 1, 0),
