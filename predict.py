@@ -49,6 +49,8 @@ from xgenmm.preprocessing.data_url import decode_data_url
 from xgenmm.preprocessing.decoders import DecodeLimits, ImageDecoders
 from xgenmm.preprocessing.fetch import FetchLimits, start_fetch
 from xgenmm.preprocessing.prompts import parse_conversation
+from xgenmm.preprocessing.video import MAX_FRAMES, FrameSelection
+from xgenmm.preprocessing.video_decoder import VideoLimits
 
 DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 # Seconds for which text is joined. Cog sends an event, or a webhook with all text so far, for each
@@ -59,6 +61,7 @@ FETCH_SECONDS = 30.0
 FETCH_BYTES = 128_000_000
 
 Number = TypeVar("Number", int, float)
+Limits = TypeVar("Limits", SchemaLimits, VideoLimits)
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Predictor(BasePredictor):
     engine: Engine
     decoders: ImageDecoders
     timeout: float | None
-    fetch_limits: FetchLimits
+    fetch_limits: dict[str, FetchLimits]
     max_images: int
 
     def setup(self) -> None:
@@ -92,14 +95,17 @@ class Predictor(BasePredictor):
     def _load(self) -> None:
         model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
         self.timeout = _setting("XGENMM_TIMEOUT", float)
-        self.fetch_limits = FetchLimits(
+        fetch_limits = FetchLimits(
             seconds=_setting("XGENMM_FETCH_SECONDS", float) or FETCH_SECONDS,
             max_bytes=_setting("XGENMM_FETCH_BYTES", int) or FETCH_BYTES,
             private_addresses=_switch("XGENMM_PRIVATE_ADDRESSES"),
         )
-        decode_limits = DecodeLimits()
-        if seconds := _setting("XGENMM_DECODE_SECONDS", float):
-            decode_limits = DecodeLimits(seconds)
+        video_limits = _limits("XGENMM_VIDEO", VideoLimits())
+        of_videos = replace(fetch_limits, max_bytes=video_limits.file_bytes)
+        self.fetch_limits = {"image": fetch_limits, "video": of_videos}
+        decode_limits = DecodeLimits(
+            _setting("XGENMM_DECODE_SECONDS", float) or DecodeLimits.seconds, video=video_limits
+        )
         # Freeze imported objects so that garbage collection does not stall streams (for 0.2 s).
         gc.freeze()
         logger.info("loading %s", model)
@@ -111,10 +117,11 @@ class Predictor(BasePredictor):
             max_num_seqs=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
             gpu_memory_utilization=_setting("XGENMM_MEMORY", float) or GPU_MEMORY_UTILIZATION,
             decode=os.environ.get("XGENMM_DECODE") or "auto",
-            schema_limits=_schema_limits(),
+            schema_limits=_limits("XGENMM_SCHEMA", SchemaLimits()),
         )
         config = self.engine.config
-        self.max_images = config.decoder.max_positions // config.resampler.num_latents
+        room = config.decoder.max_positions // config.resampler.num_latents
+        self.max_images = room if config.temporal is None else MAX_FRAMES
         self.decoders = ImageDecoders(config.tiling, config.vision.image_size, decode_limits)
         self.decoders.start()
         self.engine.warm_up(schemas=True)
@@ -138,11 +145,32 @@ class Predictor(BasePredictor):
         images: list[Path] | None = Input(
             default=None,
             accept="image/*",
-            description="More images, for a question about several. They come after image, in this order.",
+            description="More images, for a question about several. They come after image, in this order. For a video model: the frames of one clip.",
+        ),
+        video: Path | None = Input(
+            default=None,
+            accept="video/*",
+            description="The video to ask about, instead of images: MP4, WebM, MKV, MOV, AVI or GIF. Of the image models only interleave and dpo take it, as images; they were not trained on clips.",
         ),
         question: str = Input(
             default="",
-            description="Your question. If it is empty, the image is described. Images are placed before the question, in order; to place them yourself, write <image> once for each.",
+            description="Your question. If it is empty, the image or video is described. Images are placed before the question, in order; to place them yourself, write <image> once for each, or once for a video.",
+        ),
+        num_frames: int | None = Input(
+            default=None,
+            ge=1,
+            le=64,
+            description="How many frames of the video to look at, spread evenly. If empty: 8, the number the models were trained with, or every frame of a shorter clip.",
+        ),
+        start: float | None = Input(
+            default=None,
+            ge=0,
+            description="Where the part of the video to look at starts, in seconds. If empty, at its first frame.",
+        ),
+        end: float | None = Input(
+            default=None,
+            ge=0,
+            description="Where the part of the video to look at ends, in seconds. If empty, at its last frame.",
         ),
         system_prompt: str = Input(
             default="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions.",
@@ -206,7 +234,7 @@ class Predictor(BasePredictor):
             description='Answer with JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}. It cannot be combined with choices or several beams.',
         ),
     ) -> ConcatenateIterator[str]:
-        """Answer a question about images; yields the text as it is generated.
+        """Answer a question about images or a video; yields the text as it is generated.
 
         This coroutine runs in the event loop that all predictions share, so it only checks the
         inputs. The generator that it returns does the work; Cog iterates over it in a separate
@@ -214,18 +242,21 @@ class Predictor(BasePredictor):
         """
         with Prediction() as prediction:
             if choices is not None and not choices:
-                raise InputError(
-                    "choices", "is empty; give the texts to choose from or leave it out"
-                )
+                raise InputError("choices", "is empty; give texts to choose from or leave it out")
             system_prompt, turns, question = parse_conversation(
                 messages or (), question, system_prompt
             )
-            if not question.strip() and image is None and not images:
+            sources = _urls(image, images or (), video)
+            if not question.strip() and not sources:
                 raise InputError(
                     "question",
-                    "is empty and there is no image; give one of the two, under these names: Cog "
+                    "is empty and there is no image or video; give one, under these names: Cog "
                     "ignores inputs of other names, such as prompt",
                 )
+            selection = FrameSelection(num_frames, start, end)
+            if video is not None:
+                self.engine.check_takes_video()
+                selection.check()
             request = Request(
                 question=question,
                 system_prompt=system_prompt,
@@ -244,10 +275,11 @@ class Predictor(BasePredictor):
                 json_schema=json_schema,
                 timeout=self.timeout,
             )
-            contents = await self._contents(_urls(image, images or ()))
+            contents = await self._contents(sources)
             prediction.outlive_coroutine()
             # `scope` is a context variable of this coroutine, not set in the generator's thread.
-            return self._stream(request, contents, prediction, self.scope.record_metric)
+            record = self.scope.record_metric
+            return self._stream(request, contents, selection, prediction, record)
 
     async def _contents(self, urls: dict[str, str]) -> dict[str, bytes]:
         """Return the files that URLs refer to or contain, downloading all at the same time.
@@ -255,13 +287,12 @@ class Predictor(BasePredictor):
         urls: by input name. Raises InputError, naming the input, if a file cannot be had.
         """
         if len(urls) > self.max_images:
-            raise InputError(
-                "images", f"{len(urls)} given; the context has room for {self.max_images}"
-            )
-        limits = self.fetch_limits
+            raise InputError("images", f"{len(urls)} given; at most {self.max_images} fit")
+        video = "video" in urls
+        limits = self.fetch_limits["video" if video else "image"]
         limits = replace(limits, max_bytes=limits.max_bytes // max(1, len(urls)))
         downloads = {
-            name: start_fetch(url, limits, name)
+            name: start_fetch(url, limits, name, video=video)
             for name, url in urls.items()
             if not url.startswith("data:")
         }
@@ -280,20 +311,26 @@ class Predictor(BasePredictor):
         self,
         request: Request,
         contents: dict[str, bytes],
+        selection: FrameSelection,
         prediction: Prediction,
         record_metric: Callable[[str, Any], None],
     ) -> Iterator[str]:
         """Yield the answer's text until it ends or `prediction` is cancelled; record the metrics.
 
-        contents: the images' files by input name.
+        contents: the files of the images, or of the video, by input name.
+        selection: the frames of the video.
         """
         with contextlib.closing(prediction):
-            read = self.decoders.reader()
-            images = [
-                self.engine.preprocess_image(content, name, read)
-                for name, content in contents.items()
-            ]
-            answer = self.engine.stream(replace(request, images=images))
+            if "video" in contents:
+                clip = self.engine.preprocess_video(
+                    contents["video"], selection, read=self.decoders.read_video
+                )
+                request = replace(request, video=clip)
+            else:
+                read = self.decoders.reader()
+                images = [self.engine.preprocess_image(contents[n], n, read) for n in contents]
+                request = replace(request, images=images)
+            answer = self.engine.stream(request)
             prediction.cancelled.add_done_callback(lambda _: answer.cancel())
             try:
                 yield from answer.pieces(STREAM_INTERVAL)
@@ -328,23 +365,27 @@ def _switch(name: str) -> bool:
     return text == "1"
 
 
-def _schema_limits() -> SchemaLimits:
-    """The limits of JSON schemas from the environment."""
+def _limits(prefix: str, defaults: Limits) -> Limits:
+    """Limits from environment variables with this prefix and the names of the fields."""
     settings = {
-        field.name: _setting(f"XGENMM_SCHEMA_{field.name.upper()}", type(field.default))
-        for field in fields(SchemaLimits)
+        field.name: _setting(f"{prefix}_{field.name.upper()}", type(field.default))
+        for field in fields(defaults)
     }
-    return SchemaLimits(**{name: value for name, value in settings.items() if value is not None})
+    return replace(defaults, **{name: value for name, value in settings.items() if value})
 
 
-def _urls(image: Path | None, images: Sequence[Path]) -> dict[str, str]:
-    """Return the URL of each image by its input's name, in order.
+def _urls(image: Path | None, images: Sequence[Path], video: Path | None) -> dict[str, str]:
+    """Return the URL of each image, or of the video, by its input's name, in order.
 
-    Raises InputError for a value that is not a URL. Opening it would let a client read files of
-    this machine.
+    Raises InputError for a video together with images, and for a value that is not a URL. Opening
+    it would let a client read files of this machine.
     """
     sources = {} if image is None else {"image": image}
     sources |= {f"images[{i}]": path for i, path in enumerate(images)}
+    if video is not None:
+        if sources:
+            raise InputError("video", "cannot be combined with image or images; give one of them")
+        sources = {"video": video}
     urls = {name: str(source) for name, source in sources.items()}
     for name, url in urls.items():
         if not url.startswith(("http://", "https://", "data:")):
@@ -354,4 +395,5 @@ def _urls(image: Path | None, images: Sequence[Path]) -> dict[str, str]:
 
 # Cog downloads a `Path` before it calls `predict`, however long it takes or is, and wherever it
 # leads. Text it leaves alone. The form still takes files: `cog build` reads the source.
-Predictor.predict.__annotations__ |= {"image": str | None, "images": list[str] | None}
+_URL = str | None
+Predictor.predict.__annotations__ |= {"image": _URL, "images": list[str] | None, "video": _URL}

@@ -36,6 +36,7 @@ def test_secrets_environments_and_other_checkpoints_stay_out(tmp_path: Path) -> 
         "xgenmm/checkpoints/releases.json",
         "weights/NAME-bf16/model.safetensors",
         "weights/demo/config.json",
+        "weights/demo-video/config.json",
     }
     unwanted = {
         ".env",
@@ -72,6 +73,7 @@ def test_of_the_repository_all_code_that_is_served_goes_in() -> None:
     served = {
         path
         for path in tracked
-        if path.startswith(("xgenmm/", "weights/demo/")) or re.fullmatch(r"\w+\.py|LICENSE", path)
+        if path.startswith(("xgenmm/", "weights/demo/", "weights/demo-video/"))
+        or re.fullmatch(r"\w+\.py|LICENSE", path)
     }
     assert set(image_files(ROOT)) & tracked == served

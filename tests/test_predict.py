@@ -41,6 +41,7 @@ SETTINGS = (
     "XGENMM_FETCH_SECONDS",
     "XGENMM_FETCH_BYTES",
     "XGENMM_DECODE_SECONDS",
+    "XGENMM_VIDEO_FILE_BYTES",
     "XGENMM_PRIVATE_ADDRESSES",
     "COG_MAX_CONCURRENCY",
 )
@@ -194,14 +195,21 @@ def test_setup_rejects_a_setting_that_is_not_a_positive_number(
         predictor(monkeypatch, Engine(), **{name: value})
 
 
-def test_setup_reads_the_limits_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_reads_the_limits_of_images_and_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     made = predictor(monkeypatch, Engine())
-    assert made.fetch_limits == FetchLimits(30, 128_000_000, private_addresses=False)
-    settings = {"FETCH_SECONDS": "1.5", "FETCH_BYTES": "9", "PRIVATE_ADDRESSES": "1"}
+    assert made.fetch_limits["image"] == FetchLimits(30, 128_000_000, private_addresses=False)
+    assert made.fetch_limits["video"] == FetchLimits(30, 512_000_000, private_addresses=False)
+    settings = {
+        "FETCH_SECONDS": "1.5",
+        "FETCH_BYTES": "9",
+        "VIDEO_FILE_BYTES": "10",
+        "PRIVATE_ADDRESSES": "1",
+    }
     made = predictor(
         monkeypatch, Engine(), **{f"XGENMM_{name}": value for name, value in settings.items()}
     )
-    assert made.fetch_limits == FetchLimits(1.5, 9, private_addresses=True)
+    assert made.fetch_limits["image"] == FetchLimits(1.5, 9, private_addresses=True)
+    assert made.fetch_limits["video"] == FetchLimits(1.5, 10, private_addresses=True)
     with pytest.raises(InputError, match=r"^XGENMM_PRIVATE_ADDRESSES: must be 0 or 1, not 'yes'"):
         predictor(monkeypatch, Engine(), XGENMM_PRIVATE_ADDRESSES="yes")
 

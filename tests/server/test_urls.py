@@ -84,7 +84,7 @@ def test_too_many_images_are_refused_before_any_is_fetched(
     server: LocalServer, odd: OddServer
 ) -> None:
     prediction = ask(server, images=[odd.url("a")] * 10_000)
-    assert "images: 10000 given; the context has room for " in prediction["error"]
+    assert "images: 10000 given; at most " in prediction["error"]
     assert not odd.requests
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
-from xgenmm.config import BLOCK_SIZE, INTERLEAVE, VIDEO_128
+from xgenmm.config import BLOCK_SIZE
+from xgenmm.engine import clips
 from xgenmm.engine.answer import Answer
 from xgenmm.engine.choices import choice_token_ids
 from xgenmm.engine.core import EngineCore
@@ -32,6 +32,7 @@ from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import IMAGE, Prompt, request_prompt
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
 from xgenmm.preprocessing.tokenizer import Tokenizer
+from xgenmm.preprocessing.video import FrameSelection, Video, decode_video
 
 if TYPE_CHECKING:
     from xgenmm.engine.json_schema import SchemaLimits
@@ -41,7 +42,7 @@ MAX_NUM_SEQS = 16
 GPU_MEMORY_UTILIZATION = 0.9
 MAX_TILE_BYTES = 256 << 20
 MAX_CHOICES = 256
-MAX_FRAMES = 64  # of a clip; the models were trained with 8
+MAX_CLIP_BYTES = 256 << 20
 
 
 class Engine:
@@ -106,6 +107,7 @@ class Engine:
         self._schema_limits = schema_limits
         self._thread = EngineThread(core)
         self._tiles: LRUCache[TiledImage] = LRUCache(MAX_TILE_BYTES if prefix_caching else 0)
+        self._clips: LRUCache[clips.CachedClip] = LRUCache(MAX_CLIP_BYTES if prefix_caching else 0)
         # The thread holds no reference to the engine, so it ends when the engine is collected.
         weakref.finalize(self, self._thread.close)
 
@@ -137,12 +139,38 @@ class Engine:
 
     def preprocess_images(self, request: Request) -> list[TiledImage]:
         """Tile a request's images and the frames of its video, in order."""
-        frames: Sequence[Image.Image | TiledImage]
-        if isinstance(request.video, np.ndarray):
-            frames = [Image.fromarray(frame) for frame in request.video]
+        return [self.preprocess_image(image) for image in [*request.images, *clips.frames(request)]]
+
+    def check_takes_video(self) -> None:
+        """Raise InputError, with the models to use instead, if the model takes no videos."""
+        clips.check_takes_video(self.config)
+
+    def preprocess_video(
+        self,
+        content: bytes,
+        selection: FrameSelection | None = None,
+        name: str = "video",
+        read: Callable[[bytes, str, FrameSelection], Video[TiledImage]] | None = None,
+    ) -> Video[TiledImage]:
+        """Take frames from a video and tile each. May be called from any thread.
+
+        content: of the file; the frames of recent ones are cached.
+        name: the video's name in error messages.
+        read: decodes a file that is not cached, see `ImageDecoders.read_video`; by default this
+            process does.
+
+        Raises InputError as `read` or `read_video` does.
+        """
+        selection = selection or FrameSelection()
+        key = hashlib.sha256(content).digest() + repr(selection).encode()
+        if (cached := self._clips.get(key)) is not None:
+            return cached.video
+        if read is None:
+            video = decode_video(content, self.preprocess_image, selection, name=name)
         else:
-            frames = request.video
-        return [self.preprocess_image(image) for image in [*request.images, *frames]]
+            video = read(content, name, selection)
+        self._clips.put(key, clips.CachedClip(video))
+        return video
 
     def stream(self, request: Request) -> Answer:
         """Check a request, tile its images and queue it. May be called from any thread.
@@ -157,6 +185,9 @@ class Engine:
         self._validate(request)
         prompt = self.prompt(request)
         images = self.preprocess_images(request)
+        if len(request.video) and self.config.temporal is None:
+            request, images = clips.fit_frames(self.config, request, images, prompt.text_tokens)
+            prompt = self.prompt(request)
         text = self.config.text
         choices = [choice_token_ids(self.tokenizer, text, choice) for choice in request.choices]
         schema = request.json_schema
@@ -164,6 +195,7 @@ class Engine:
             self.tokenizer, self.end_ids, request.sampling.stop_sequences, request.choices
         )
         room = self._measure(prompt, images, answer.usage)
+        clips.record_clip(self.config, request, images, answer.usage)
         max_tokens = min(request.sampling.max_new_tokens, room)
         if max(map(len, choices), default=0) > room:
             raise InputError("choices", f"the longest has more than the {room} tokens left for it")
@@ -214,16 +246,17 @@ class Engine:
 
     def prompt(self, request: Request) -> Prompt:
         """The request's prompt. An empty question with images asks for a caption."""
-        question, images = request.question, len(request.images) + len(request.video)
+        images = len(request.images) + len(request.video)
+        if len(request.video) and self.config.temporal is None:
+            request = clips.place_frames(request)
+        question = request.question
         if not question.strip():
             if not images:
                 raise InputError("question", "is empty and there is no image; give one of the two")
             question = self.config.text.caption_question
         if self.config.temporal is not None and images:
             images = 1  # the clip
-            users = [message.content for message in request.messages if message.role == "user"]
-            places = sum(user.count(IMAGE) for user in [*users, question])
-            if places > 1:
+            if (places := clips.places(request)) > 1:
                 raise InputError(
                     "question",
                     f"{IMAGE} occurs {places} times in question and user messages, but all frames "
@@ -240,7 +273,7 @@ class Engine:
 
     def _validate(self, request: Request) -> None:
         """Check what does not depend on the prompt."""
-        self._check_frames(request)
+        clips.check_frames(self.config, request)
         choices, beams = request.choices, request.sampling.num_beams
         if any(not isinstance(choice, str) or not choice for choice in choices):
             raise InputError("choices", "each must be a non-empty text")
@@ -259,33 +292,6 @@ class Engine:
                 "num_beams",
                 f"{beams} beams exceed the {self.max_num_seqs} sequences of a step; "
                 f"set num_beams to at most {self.max_num_seqs}",
-            )
-
-    def _check_frames(self, request: Request) -> None:
-        """Check that the model takes the request's video, and as many frames."""
-        video, frames = request.video, len(request.video)
-        if isinstance(video, np.ndarray) and (
-            video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or not video.size
-        ):
-            raise InputError(
-                "video",
-                f"must be uint8 [frames, height, width, 3], not {video.dtype} {list(video.shape)}",
-            )
-        if self.config.temporal is not None:
-            name, count = ("video", frames) if frames else ("images", len(request.images))
-            if frames and request.images:
-                raise InputError(
-                    "video",
-                    "cannot be combined with images, which are the frames of a clip too; give one "
-                    "of the two",
-                )
-            if count > MAX_FRAMES:
-                raise InputError(
-                    name, f"{count} frames given, but a clip may have at most {MAX_FRAMES}"
-                )
-        elif frames and not self.config.frames_as_images:
-            raise InputError(
-                "video", f"this model takes no videos; use {VIDEO_128}, or {INTERLEAVE} for images"
             )
 
     def _check_beams(self, beams: int, prompt_tokens: int, max_tokens: int) -> None:
@@ -311,12 +317,8 @@ class Engine:
 
     def _measure(self, prompt: Prompt, images: Sequence[TiledImage], usage: Usage) -> int:
         """Record the length of the prompt; returns how many tokens are left for the answer."""
-        if self.config.temporal is not None:
-            image_tokens = self.config.clip_tokens if images else 0
-        else:
-            latents = self.config.resampler.num_latents
-            image_tokens = sum(image.pixels.shape[0] * latents for image in images)
-        text_tokens = len(prompt.ids) - sum(length for _, length in prompt.spans)
+        image_tokens = clips.vision_tokens(self.config, images)
+        text_tokens = prompt.text_tokens
         total, context = text_tokens + image_tokens, self.config.decoder.max_positions
         if total >= context:
             raise InputError(

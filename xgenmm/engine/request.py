@@ -16,6 +16,7 @@ from xgenmm.engine.prompt_hashes import PromptHashes
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.preprocessing.prompts import Message, Prompt
 from xgenmm.preprocessing.tiling import TiledImage
+from xgenmm.preprocessing.video import Video
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,10 @@ class Request:
     json_schema: if given, the answer is JSON that conforms to this JSON Schema, unless its usage
         says that it stopped for another reason than `end`.
     timeout: seconds after which generation stops and the partial text is returned.
-    video: the frames of a clip, in order, as images or as uint8 [frames, height, width, 3]. Image
-        models that were trained with several images get them as images, after `images`.
+    video: the frames of a clip, in order, from `xgenmm.read_video` or `Engine.preprocess_video`, as
+        images, or as uint8 [frames, height, width, 3]. Image models that were trained with several
+        images get them as images, after `images`, and at most as many as fit the context beside
+        `max_new_tokens`.
     """
 
     question: str
@@ -49,7 +52,12 @@ class Request:
     choices: tuple[str, ...] = ()
     json_schema: Mapping[str, Any] | None = None
     timeout: float | None = None
-    video: Sequence[Image.Image | TiledImage] | NDArray[np.uint8] = ()
+    video: (
+        Video[Image.Image]
+        | Video[TiledImage]
+        | Sequence[Image.Image | TiledImage]
+        | NDArray[np.uint8]
+    ) = ()
 
 
 @dataclass
@@ -68,6 +76,8 @@ class Usage:
     stop_reason: `end` (the model ended the answer), `stop` (a stop sequence), `length`
         (max_new_tokens or the context length), `cancelled`, `timeout` or `failed`.
     choices: the probability of each choice, if the request had choices.
+    video_frames, video_tokens: frames of the clip and its vision tokens, if the request had one;
+        frame_times, if the video came with them: of each frame, after the clip's first.
     """
 
     prompt_tokens: int = 0
@@ -83,6 +93,9 @@ class Usage:
     decode_path: str = "plain"
     stop_reason: StopReason = "cancelled"
     choices: dict[str, float] | None = None
+    video_frames: int | None = None
+    video_tokens: int | None = None
+    frame_times: list[float] | None = None
 
 
 class OutputSink(Protocol):

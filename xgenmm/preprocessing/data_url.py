@@ -20,7 +20,7 @@ def decode_data_url(url: str, name: str = "image") -> bytes:
     """
     header, comma, data = url.partition(",")
     if not comma:
-        raise InputError(name, "the data URL has no comma; send data:image/png;base64,...")
+        raise InputError(name, "the data URL has no comma; send data:TYPE;base64,...")
     try:
         content = unquote_to_bytes(data)
         if header.rstrip().lower().endswith(";base64"):

@@ -50,6 +50,11 @@ class Prompt:
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
+    @property
+    def text_tokens(self) -> int:
+        """How many ids the vision tokens do not replace."""
+        return len(self.ids) - sum(length for _, length in self.spans)
+
 
 def parse_conversation(
     raw: Sequence[Any], question: str = "", system_prompt: str = DEFAULT_SYSTEM_PROMPT

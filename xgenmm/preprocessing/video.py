@@ -118,6 +118,18 @@ class Video(Generic[Frame]):
     indices: tuple[int, ...]
     total: int
 
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def take(self, positions: Sequence[int]) -> "Video[Frame]":
+        """The same clip with only the frames at these positions among `frames`."""
+        return Video(
+            tuple(self.frames[position] for position in positions),
+            tuple(self.times[position] for position in positions),
+            tuple(self.indices[position] for position in positions),
+            self.total,
+        )
+
 
 def read_video(
     source: Source,
