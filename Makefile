@@ -9,15 +9,15 @@ MAKE_ENV = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/de
 	$(PYTHON) -m scripts.make_env
 
 # Passed through the environment, so that quotes in them are safe.
-export IMAGE QUESTION MODEL PORT
+export IMAGE VIDEO QUESTION MODEL PORT
 
 .PHONY: help predict test test-vllm lint lock serve clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-predict: $(ENVIRONMENT) ## answer a question: make predict IMAGE=cat.jpg QUESTION="What is it?" MODEL=demo
-	@$(BIN)/python -m scripts.ask --image "$$IMAGE" --question "$$QUESTION" --model "$$MODEL"
+predict: $(ENVIRONMENT) ## answer a question: make predict IMAGE=cat.jpg QUESTION="What is it?" MODEL=demo, or VIDEO=clip.mp4
+	@$(BIN)/python -m scripts.ask --image "$$IMAGE" --video "$$VIDEO" --question "$$QUESTION" --model "$$MODEL"
 
 test: $(TEST_ENVIRONMENT) ## run all tests
 	@$(BIN)/python -m pytest

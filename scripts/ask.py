@@ -1,8 +1,9 @@
-"""Ask a question about an image through Cog's HTTP server: what `make predict` runs.
+"""Ask a question about an image or a video through Cog's HTTP server: what `make predict` runs.
 
     python -m scripts.ask --image cat.jpg --question "What is the cat doing?" --model demo
+    python -m scripts.ask --video clip.mp4 --question "Which way does the star move?"
 
-Starts the server, sends the image, prints the answer while it is generated, and stops the server.
+Starts the server, sends the file, prints the answer while it is generated, and stops the server.
 Without arguments it asks the demo checkpoint about one of its example images.
 """
 
@@ -28,11 +29,13 @@ PROGRESS_SECONDS = 2.0  # between lines that say what the program is waiting for
 def main() -> int:
     """Run the program; returns its exit status."""
     arguments = _arguments()
-    image, question = arguments.image, arguments.question
-    if image is None:
-        image, question = _example(question)
-    if not image.is_file():
-        print(f"image: there is no file {image}", file=sys.stderr)
+    kind, file, question = "image", arguments.image, arguments.question
+    if arguments.video is not None:
+        kind, file = "video", arguments.video
+    elif file is None:
+        file, question = _example(question)
+    if not file.is_file():
+        print(f"{kind}: there is no file {file}", file=sys.stderr)
         return 1
     with serving({"XGENMM_MODEL": arguments.model}) as server:
         try:
@@ -40,20 +43,22 @@ def main() -> int:
         except ServerError as failure:
             print(failure, file=sys.stderr)
             return 1
-        return ask(server.url, image, question, f"{arguments.model} (loaded in {loaded:.1f} s)")
+        model = f"{arguments.model} (loaded in {loaded:.1f} s)"
+        return ask(server.url, file, question, model, kind)
 
 
-def ask(url: str, image: Path, question: str, model: str) -> int:
+def ask(url: str, file: Path, question: str, model: str, kind: str = "image") -> int:
     """Print the answer of the server at `url` as it streams; returns an exit status.
 
     model: its description, which is only printed.
+    kind: the input that takes the file, `image` or `video`.
     """
     print(f"model     {model}")
-    print(f"image     {os.path.relpath(image)}")
-    print(f"question  {question or '(none: describe the image)'}")
+    print(f"{kind}     {os.path.relpath(file)}")
+    print(f"question  {question or f'(none: describe the {kind})'}")
     print("answer    ", end="", flush=True)
     started = time.monotonic()
-    body = {"input": {"image": data_url(image), "question": question}}
+    body = {"input": {kind: data_url(file), "question": question}}
     completed: dict[str, Any] = {"status": "failed", "error": "the server ended the answer early"}
     try:
         with (
@@ -87,12 +92,15 @@ def _arguments() -> argparse.Namespace:
     )
     # `make predict` passes an empty string for a variable that is not set.
     parser.add_argument("--image", type=_path, help="image file (default: one of the examples)")
-    parser.add_argument("--question", default="", help="default: describe the image")
+    parser.add_argument("--video", type=_path, help="video file, instead of an image")
+    parser.add_argument("--question", default="", help="default: describe the image or video")
     parser.add_argument(
-        "--model", default="demo", help="a released name, demo (the default), or a folder"
+        "--model", default="", help="a released name, a folder, or by default demo or demo-video"
     )
     arguments = parser.parse_args()
-    arguments.model = arguments.model or "demo"
+    if arguments.image is not None and arguments.video is not None:
+        parser.error("--image and --video exclude each other; give one of them")
+    arguments.model = arguments.model or ("demo" if arguments.video is None else "demo-video")
     return arguments
 
 

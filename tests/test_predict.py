@@ -97,6 +97,9 @@ class Engine:
     def warm_up(self, *, schemas: bool) -> None:
         """Nothing to do."""
 
+    def check_takes_video(self) -> None:
+        raise InputError("video", "this model takes no videos")
+
     def check(self) -> None:
         if self.failure:
             raise self.failure
@@ -246,6 +249,15 @@ def test_conversation_in_messages_reaches_the_request(
     next(start(made, loop, messages=messages)[0])
     (request,) = engine.requests
     assert (request.system_prompt, request.messages, request.question) == ("Be brief.", (), "Hi")
+
+
+def test_video_is_refused_before_it_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
+) -> None:
+    made = predictor(monkeypatch, Engine())
+    monkeypatch.setattr("predict.start_fetch", None)
+    with pytest.raises(InputError, match=r"^video: this model takes no videos"):
+        start(made, loop, video="https://example.com/clip.mp4")
 
 
 def test_cancel_while_waiting_for_text(

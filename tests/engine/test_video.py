@@ -1,17 +1,15 @@
 """Clips in the engine: as alone, in steps, cached and checked, on tiny video checkpoints."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import xgenmm
-from tests.support import tiny
+from tests.support import clips, tiny
 from xgenmm import Engine, InputError, Message, Request, SamplingParams
 from xgenmm.engine.reference import answer_text as alone
 from xgenmm.engine.scheduler import TOKENS_PER_TILE, SchedulerConfig
@@ -170,31 +168,20 @@ def test_image_model_gets_frames_as_images_if_it_takes_several(
         v1.stream(asking("What happens?", frames))
 
 
-def mp4(frames: list[Image.Image], rate: int = 4) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height = frames[0].size
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
-    return file.getvalue()
-
-
 def test_clip_of_a_file_is_read_once_and_its_times_are_in_the_usage(engine: Engine) -> None:
-    content, read = mp4(clip(6)), list[str]()
+    content, read = clips.clip(count=6), list[str]()
 
     def decode(content: bytes, name: str, selection: FrameSelection) -> Video[TiledImage]:
         read.append(name)
         return decode_video(content, engine.preprocess_image, selection, name=name)
 
-    selection = FrameSelection(start=0.5)
+    selection = FrameSelection(start=0.08)
     first = engine.preprocess_video(content, selection, read=decode)
     answer = engine.stream(asking("What happens?", first))
-    expected = engine.stream(asking("What happens?", xgenmm.read_video(content, start=0.5)))
+    expected = engine.stream(asking("What happens?", xgenmm.read_video(content, start=0.08)))
     assert answer.text() == expected.text()
     usage = answer.usage
-    assert (usage.video_frames, usage.frame_times) == (4, [0.5, 0.75, 1.0, 1.25])
+    assert (usage.video_frames, usage.frame_times) == (4, [0.08, 0.12, 0.16, 0.2])
     assert usage.video_tokens == usage.image_tokens == engine.config.clip_tokens
     assert engine.preprocess_video(content, selection, read=decode) is first
     assert len(engine.preprocess_video(content)) == 6
@@ -205,14 +192,14 @@ def test_image_model_gets_as_many_frames_as_fit_beside_the_answer(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     engine = xgenmm.load(tiny.checkpoint(tmp_path_factory.mktemp("interleave")))
-    video = xgenmm.read_video(mp4(clip(20)), 20)
+    video = xgenmm.read_video(clips.clip(count=20), 20)
     answer = engine.stream(asking("What happens?", video, limit=60))
     text, usage = answer.text(), answer.usage
     assert usage.video_frames is not None
     assert 3 < usage.video_frames < 20
     assert usage.frame_times is not None
     assert len(usage.frame_times) == usage.video_frames
-    assert (usage.frame_times[0], usage.frame_times[-1]) == (0.0, 4.75)
+    assert (usage.frame_times[0], usage.frame_times[-1]) == (0.0, 0.76)
     assert usage.prompt_tokens + 60 <= engine.config.decoder.max_positions
     placed = engine.stream(asking("<image>\nWhat happens?", video, limit=60))
     assert placed.text() == text

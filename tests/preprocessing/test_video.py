@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from tests.support.clips import clip, decode_everything, large_frame, moving_blocks
+from tests.support.clips import B_FRAMES, BAD, clip, decode_everything, moving_blocks, silence
 from xgenmm import InputError, read_video
 from xgenmm.preprocessing.frame_indices import frame_indices
 from xgenmm.preprocessing.video import Video
 from xgenmm.preprocessing.video_decoder import VideoDecoder, VideoLimits
 
-B_FRAMES = {"bf": "3", "g": "20"}
 VARIABLE = [40 * i + 13 * (i % 3) + 500 * (i > 30) for i in range(60)]
 BT709, FULL_RANGE = 1, 2  # of FFmpeg's AVColorSpace and AVColorRange
 
@@ -168,12 +167,6 @@ def with_cover(codec: str) -> bytes:
     return file.getvalue()
 
 
-def silence() -> av.AudioFrame:
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-    frame.rate = 8000
-    return frame
-
-
 def test_cover_image_is_not_the_video() -> None:
     video = read_video(with_cover("libx264"))
     assert (video.total, video.frames[0].size) == (20, (96, 64))
@@ -203,70 +196,6 @@ def test_sources_may_be_paths_and_files(tmp_path: Path) -> None:
     with path.open("rb") as file:
         videos: list[Video[Any]] = [read_video(s) for s in (content, path, str(path), file)]
     assert all(video == videos[0] for video in videos)
-
-
-def audio(container: str, codec: str) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=8000, layout="mono")
-        output.mux(stream.encode(silence()))
-        output.mux(stream.encode())
-    return file.getvalue()
-
-
-def no_frames() -> bytes:
-    """An MP4 whose table of samples is empty."""
-    content = clip(count=1)
-    for table, offset in ((b"stts", 8), (b"stsz", 12), (b"stco", 8), (b"stsc", 8)):
-        place = content.index(table) + offset
-        content = content[:place] + bytes(4) + content[place + 4 :]
-    return content
-
-
-def declared_as_days() -> bytes:
-    content = clip("matroska")
-    place = content.index(b"\x44\x89\x88") + 3  # Duration, a float of 8 bytes, in milliseconds
-    return content[:place] + struct.pack(">d", 3 * 86_400_000) + content[place + 8 :]
-
-
-def cut(content: bytes) -> bytes:
-    return content[: len(content) * 6 // 10]
-
-
-def unknown_codec() -> bytes:
-    return clip().replace(b"avc1", b"xyz1").replace(b"avcC", b"xyzC")
-
-
-BAD: dict[str, tuple[Callable[[], bytes], str]] = {
-    "text": (lambda: b"hello " * 100, "is not a video or is damaged; send MP4, WebM"),
-    "empty": (lambda: b"", "the file is empty; send a video"),
-    "audio": (lambda: audio("wav", "pcm_f32le"), "is not a video or is damaged; send MP4, WebM"),
-    "audio in MP4": (lambda: audio("mp4", "aac"), "has no video stream; send a file with a video"),
-    "MP4 without its end": (lambda: cut(clip()), "is not a video or is damaged"),
-    "WebM without its end": (lambda: cut(clip("webm", "libvpx-vp9")), "is cut short or damaged"),
-    "fragments without the end": (
-        lambda: cut(clip("ismv", options=B_FRAMES)),
-        "is cut short or damaged",
-    ),
-    "AVI without its end": (lambda: cut(clip("avi", "mpeg4")), "is cut short or damaged"),
-    "days": (
-        lambda: clip(
-            "matroska", "mjpeg", 3, pixels="yuvj420p", milliseconds=[0, 1000, 3 * 86_400_000]
-        ),
-        r"lasts 259,200 s, longer than the 43,200 s allowed; cut it",
-    ),
-    "declared as days": (declared_as_days, "lasts 259,200 s, longer than the 43,200 s allowed"),
-    "8K": (
-        lambda: large_frame((7680, 4320)),
-        "has frames of 7680 x 4320 pixels, more than the 16,777,216 pixels allowed",
-    ),
-    "8K declared as small": (
-        lambda: large_frame((64, 64)),
-        "has frames of 7680 x 4320 pixels, more than the 16,777,216 pixels allowed",
-    ),
-    "no frames": (no_frames, "has no frames; send a video that has at least one"),
-    "unknown codec": (unknown_codec, "is in a codec that cannot be decoded; send it as H.264 MP4"),
-}
 
 
 @pytest.mark.parametrize("kind", BAD)

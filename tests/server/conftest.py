@@ -1,4 +1,4 @@
-"""A checkpoint whose answers only end from outside, and a server with it."""
+"""Servers with an endless and with a video checkpoint."""
 
 import json
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.server.client import MAX_CONCURRENCY, SECONDS
+from tests.support import tiny
 from tests.support.paths import DEMO
 from tests.support.server import LocalServer, serving
 
@@ -30,6 +31,16 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endless_server(endless: Path) -> Iterator[LocalServer]:
     """Cog's server with the endless checkpoint, few slots and the default limits on images."""
     environment = {"XGENMM_MODEL": str(endless), "COG_MAX_CONCURRENCY": str(MAX_CONCURRENCY)}
+    with serving(environment) as started:
+        started.wait_ready(SECONDS)
+        yield started
+
+
+@pytest.fixture(scope="session")
+def video_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """Cog's server with a tiny video checkpoint, which may fetch files from this machine."""
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("video"), temporal="gttm")
+    environment = {"XGENMM_MODEL": str(folder), "XGENMM_PRIVATE_ADDRESSES": "1"}
     with serving(environment) as started:
         started.wait_ready(SECONDS)
         yield started

@@ -1,7 +1,8 @@
-"""Short clips, encoded by the tests."""
+"""Short clips, encoded by the tests, and files that are no clip or a bad one."""
 
 import io
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIXELS = NDArray[np.uint8]
+B_FRAMES = {"bf": "3", "g": "20"}
 
 
 def moving_blocks(count: int, width: int, height: int) -> list[PIXELS]:
@@ -91,3 +93,74 @@ def decode_everything(content: bytes) -> list[PIXELS]:
 def source_range(frame: av.VideoFrame) -> str | None:
     """Old versions of PyAV take the range from the pixel format, and ignore the file's tag."""
     return "MPEG" if frame.format.name == "yuv420p" else None
+
+
+def silence() -> av.AudioFrame:
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+    frame.rate = 8000
+    return frame
+
+
+def audio(container: str, codec: str) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=8000, layout="mono")
+        output.mux(stream.encode(silence()))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def no_frames() -> bytes:
+    """An MP4 whose table of samples is empty."""
+    content = clip(count=1)
+    for table, offset in ((b"stts", 8), (b"stsz", 12), (b"stco", 8), (b"stsc", 8)):
+        place = content.index(table) + offset
+        content = content[:place] + bytes(4) + content[place + 4 :]
+    return content
+
+
+def declared_as_days() -> bytes:
+    content = clip("matroska")
+    place = content.index(b"\x44\x89\x88") + 3  # Duration, a float of 8 bytes, in milliseconds
+    return content[:place] + struct.pack(">d", 3 * 86_400_000) + content[place + 8 :]
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) * 6 // 10]
+
+
+def unknown_codec() -> bytes:
+    return clip().replace(b"avc1", b"xyz1").replace(b"avcC", b"xyzC")
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "text": (lambda: b"hello " * 100, "is not a video or is damaged; send MP4, WebM"),
+    "empty": (lambda: b"", "the file is empty; send a video"),
+    "audio": (lambda: audio("wav", "pcm_f32le"), "is not a video or is damaged; send MP4, WebM"),
+    "audio in MP4": (lambda: audio("mp4", "aac"), "has no video stream; send a file with a video"),
+    "MP4 without its end": (lambda: cut(clip()), "is not a video or is damaged"),
+    "WebM without its end": (lambda: cut(clip("webm", "libvpx-vp9")), "is cut short or damaged"),
+    "fragments without the end": (
+        lambda: cut(clip("ismv", options=B_FRAMES)),
+        "is cut short or damaged",
+    ),
+    "AVI without its end": (lambda: cut(clip("avi", "mpeg4")), "is cut short or damaged"),
+    "days": (
+        lambda: clip(
+            "matroska", "mjpeg", 3, pixels="yuvj420p", milliseconds=[0, 1000, 3 * 86_400_000]
+        ),
+        r"lasts 259,200 s, longer than the 43,200 s allowed; cut it",
+    ),
+    "declared as days": (declared_as_days, "lasts 259,200 s, longer than the 43,200 s allowed"),
+    "8K": (
+        lambda: large_frame((7680, 4320)),
+        "has frames of 7680 x 4320 pixels, more than the 16,777,216 pixels allowed",
+    ),
+    "8K declared as small": (
+        lambda: large_frame((64, 64)),
+        "has frames of 7680 x 4320 pixels, more than the 16,777,216 pixels allowed",
+    ),
+    "no frames": (no_frames, "has no frames; send a video that has at least one"),
+    "unknown codec": (unknown_codec, "is in a codec that cannot be decoded; send it as H.264 MP4"),
+}
+"""Each with the error, without the input's name, as a regular expression."""

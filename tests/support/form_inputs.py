@@ -1,14 +1,29 @@
 """Inputs at random, each valid by itself, as cog-safe-push and people who try out the form send."""
 
+import base64
+import io
 import json
 from collections.abc import Callable, Collection, Mapping
 from random import Random
 from typing import Any
 
+from PIL import Image
+
 from tests.support.paths import DEMO, ROOT
 from tests.support.server import data_url
 
 IMAGES = [data_url(file) for file in sorted((DEMO / "examples").glob("*.png"))]
+
+
+def _gif() -> str:
+    """A clip of five frames in one second, as a data URL."""
+    frames = [Image.new("RGB", (32, 32), (40 * index, 0, 0)) for index in range(5)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=200)
+    return f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+CLIP = _gif()
 USER = {"role": "user", "content": "What color is the star?"}
 ASSISTANT = {"role": "assistant", "content": "orange"}
 SYSTEM = {"role": "system", "content": "Answer in one word."}
@@ -18,6 +33,10 @@ MOST_TOKENS = 100  # so that no answer takes long
 VALUES: dict[str, Callable[[Random], Any]] = {
     "image": lambda random: random.choice(IMAGES),
     "images": lambda random: random.choices(IMAGES, k=random.randint(0, 3)),
+    "video": lambda random: CLIP,
+    "num_frames": lambda random: random.randint(1, 3),
+    "start": lambda random: random.choice([0, 0.1]),
+    "end": lambda random: random.choice([0.7, 1, 3600]),
     "question": lambda random: random.choice(["", "What is this?", "How many circles are there?"]),
     "system_prompt": lambda random: random.choice(["", "Answer in one word."]),
     "max_new_tokens": lambda random: random.randint(1, MOST_TOKENS),

@@ -76,8 +76,8 @@ def vision_tokens(config: XGenMMConfig, images: Sequence[TiledImage]) -> int:
 
 
 def fit_frames(
-    config: XGenMMConfig, request: Request, images: Sequence[TiledImage], text_tokens: int
-) -> tuple[Request, Sequence[TiledImage]]:
+    config: XGenMMConfig, request: Request, images: list[TiledImage], text_tokens: int
+) -> tuple[Request, list[TiledImage]]:
     """Leave out frames, evenly, for which the context of an image model has no room.
 
     At least one stays, and all of them if the texts place each frame with an `<image>` of its own.
