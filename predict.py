@@ -300,7 +300,7 @@ class Predictor(BasePredictor):
             return {
                 name: await asyncio.wrap_future(downloads[name])
                 if name in downloads
-                else decode_data_url(url, name)
+                else await asyncio.to_thread(decode_data_url, url, name)
                 for name, url in urls.items()
             }
         finally:

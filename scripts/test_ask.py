@@ -8,6 +8,7 @@ import pytest
 
 from scripts.ask import EXAMPLES, ask
 from scripts.local_server import LocalServer
+from tests.support.clips import clip
 
 
 def test_ask_prints_the_streamed_answer(
@@ -52,3 +53,14 @@ def test_ask_reports_an_answer_that_ends_early(capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert "answer    yellow\n" in captured.out
     assert "the server ended the answer early" in captured.err
+
+
+def test_ask_sends_a_video(
+    server: LocalServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(clip(count=2))
+    assert ask(server.url, file, "What color is it?", "demo", "video") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("video     ")
+    assert lines[-1].endswith(" tokens")

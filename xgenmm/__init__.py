@@ -1,4 +1,4 @@
-"""xGen-MM (BLIP-3) in PyTorch: ask questions about images and stream the answers.
+"""xGen-MM (BLIP-3) in PyTorch: ask questions about images and videos and stream the answers.
 
 import xgenmm
 
@@ -6,6 +6,8 @@ engine = xgenmm.load("demo")
 image = xgenmm.read_image("star.png")
 for text in engine.stream(xgenmm.Request("What color is the star?", [image])):
     print(text, end="", flush=True)
+
+A video model takes a clip: Request("What happens?", video=xgenmm.read_video("clip.mp4")).
 """
 
 from importlib import import_module

@@ -1,5 +1,7 @@
 """Data URLs as clients write them, and as they must not be."""
 
+import base64
+
 import pytest
 
 from xgenmm.errors import InputError
@@ -23,6 +25,12 @@ CONTENT = b"\xfb\xff\xfe\x00"
 )
 def test_content_is_decoded(url: str) -> None:
     assert decode_data_url(url) == CONTENT
+
+
+def test_long_content_with_lines_is_decoded_in_pieces() -> None:
+    content = bytes(range(251)) * 4000
+    url = "data:video/mp4;base64," + base64.encodebytes(content).decode()
+    assert decode_data_url(url) == content
 
 
 def test_empty_content_is_empty() -> None:
