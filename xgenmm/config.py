@@ -158,6 +158,8 @@ def _check_at_most(value: int, info: ValidationInfo, other: str) -> int:
     return value
 
 
+TilingMode = Literal["anyres", "squash", "pad"]
+
 GRIDS_384: tuple[Size, ...] = ((384, 768), (768, 384), (768, 768), (1152, 384), (384, 1152))
 GRIDS_378: tuple[Size, ...] = ((378, 756), (756, 378), (756, 756), (1134, 378), (378, 1134))
 
@@ -173,7 +175,7 @@ class TilingConfig:
         mean, std: for normalization, a value for each channel.
     """
 
-    mode: Literal["anyres", "squash", "pad"] = "anyres"
+    mode: TilingMode = "anyres"
     grids: Annotated[
         tuple[Annotated[Size, Field(strict=False)], ...], Field(strict=False, max_length=64)
     ] = GRIDS_384
@@ -214,6 +216,13 @@ class XGenMMConfig:
         """Ids of the additional tokens, in the order of their embedding rows."""
         first = self.decoder.initial_vocab
         return {token: first + row for row, token in enumerate(self.text.additional)}
+
+    @property
+    def frame_tiling(self) -> TilingConfig:
+        """How a frame of a clip is tiled. Image models get one tile, so that more frames fit."""
+        if self.temporal is not None:
+            return self.tiling
+        return dataclasses.replace(self.tiling, mode="squash")
 
     @property
     def clip_tokens(self) -> int:

@@ -11,10 +11,11 @@ from PIL import Image
 import xgenmm
 from tests.support import clips, tiny
 from xgenmm import Engine, InputError, Message, Request, SamplingParams
+from xgenmm.config import TilingMode
 from xgenmm.engine.reference import answer_text as alone
 from xgenmm.engine.scheduler import TOKENS_PER_TILE, SchedulerConfig
 from xgenmm.models.xgenmm import XGenMM
-from xgenmm.preprocessing.tiling import TiledImage
+from xgenmm.preprocessing.tiling import TiledImage, tile_image
 from xgenmm.preprocessing.video import FrameSelection, Video, decode_video
 
 CACHE_BYTES = 1 << 22
@@ -161,7 +162,10 @@ def test_image_model_gets_frames_as_images_if_it_takes_several(
     frames = clip(2)
     interleave = xgenmm.load(tiny.checkpoint(tmp_path_factory.mktemp("anyres")))
     answer = interleave.stream(asking("What happens?", frames))
-    as_images = Request("What happens?", frames, sampling=SamplingParams(12))
+    tiling, size = interleave.config.frame_tiling, interleave.config.vision.image_size
+    tiled = [tile_image(frame, tiling, size) for frame in frames]
+    assert [len(one.pixels) for one in tiled] == [1, 1]
+    as_images = Request("What happens?", tiled, sampling=SamplingParams(12))
     assert answer.text() == alone(interleave, as_images)
     v1 = xgenmm.load(tiny.checkpoint(tmp_path_factory.mktemp("v1"), "v1"))
     with pytest.raises(InputError, match=r"^video: this model takes no videos; use xgen-mm-vid-"):
@@ -171,8 +175,11 @@ def test_image_model_gets_frames_as_images_if_it_takes_several(
 def test_clip_of_a_file_is_read_once_and_its_times_are_in_the_usage(engine: Engine) -> None:
     content, read = clips.clip(count=6), list[str]()
 
-    def decode(content: bytes, name: str, selection: FrameSelection) -> Video[TiledImage]:
+    def decode(
+        content: bytes, name: str, selection: FrameSelection, mode: TilingMode
+    ) -> Video[TiledImage]:
         read.append(name)
+        assert mode == engine.config.tiling.mode
         return decode_video(content, engine.preprocess_image, selection, name=name)
 
     selection = FrameSelection(start=0.08)
@@ -193,13 +200,13 @@ def test_image_model_gets_as_many_frames_as_fit_beside_the_answer(
 ) -> None:
     engine = xgenmm.load(tiny.checkpoint(tmp_path_factory.mktemp("interleave")))
     video = xgenmm.read_video(clips.clip(count=20), 20)
-    answer = engine.stream(asking("What happens?", video, limit=60))
+    answer = engine.stream(asking("What happens?", video, limit=140))
     text, usage = answer.text(), answer.usage
     assert usage.video_frames is not None
     assert 3 < usage.video_frames < 20
     assert usage.frame_times is not None
     assert len(usage.frame_times) == usage.video_frames
     assert (usage.frame_times[0], usage.frame_times[-1]) == (0.0, 0.76)
-    assert usage.prompt_tokens + 60 <= engine.config.decoder.max_positions
-    placed = engine.stream(asking("<image>\nWhat happens?", video, limit=60))
+    assert usage.prompt_tokens + 140 <= engine.config.decoder.max_positions
+    placed = engine.stream(asking("<image>\nWhat happens?", video, limit=140))
     assert placed.text() == text

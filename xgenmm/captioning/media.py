@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import BoundedSemaphore
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -94,8 +94,7 @@ class MediaReader:
         if not self._is_video(record, download):
             image = load_image(record, download)
             return [tile_image(image, self._config.tiling, self._config.vision.image_size)]
-        # A model without a temporal encoder gets one tile a frame, so that the context holds more.
-        mode: Literal["squash"] | None = "squash" if self._config.temporal is None else None
+        mode = self._config.frame_tiling.mode
         with self._slots:
             with _open_content(record, download, "video", self._max_video_bytes) as file:
                 content = file.read()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from xgenmm.config import BLOCK_SIZE
+from xgenmm.config import BLOCK_SIZE, TilingMode
 from xgenmm.engine import clips
 from xgenmm.engine.answer import Answer
 from xgenmm.engine.choices import choice_token_ids
@@ -139,7 +139,8 @@ class Engine:
 
     def preprocess_images(self, request: Request) -> list[TiledImage]:
         """Tile a request's images and the frames of its video, in order."""
-        return [self.preprocess_image(image) for image in [*request.images, *clips.frames(request)]]
+        images = [self.preprocess_image(image) for image in request.images]
+        return images + [self._tile_frame(frame) for frame in clips.frames(request)]
 
     def check_takes_video(self) -> None:
         """Raise InputError, with the models to use instead, if the model takes no videos."""
@@ -150,7 +151,7 @@ class Engine:
         content: bytes,
         selection: FrameSelection | None = None,
         name: str = "video",
-        read: Callable[[bytes, str, FrameSelection], Video[TiledImage]] | None = None,
+        read: Callable[[bytes, str, FrameSelection, TilingMode], Video[TiledImage]] | None = None,
     ) -> Video[TiledImage]:
         """Take frames from a video and tile each. May be called from any thread.
 
@@ -166,11 +167,16 @@ class Engine:
         if (cached := self._clips.get(key)) is not None:
             return cached.video
         if read is None:
-            video = decode_video(content, self.preprocess_image, selection, name=name)
+            video = decode_video(content, self._tile_frame, selection, name=name)
         else:
-            video = read(content, name, selection)
+            video = read(content, name, selection, self.config.frame_tiling.mode)
         self._clips.put(key, clips.CachedClip(video))
         return video
+
+    def _tile_frame(self, frame: Image.Image | TiledImage) -> TiledImage:
+        if isinstance(frame, TiledImage):
+            return frame
+        return tile_image(frame, self.config.frame_tiling, self.config.vision.image_size)
 
     def stream(self, request: Request) -> Answer:
         """Check a request, tile its images and queue it. May be called from any thread.

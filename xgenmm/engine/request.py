@@ -40,8 +40,8 @@ class Request:
     timeout: seconds after which generation stops and the partial text is returned.
     video: the frames of a clip, in order, from `xgenmm.read_video` or `Engine.preprocess_video`, as
         images, or as uint8 [frames, height, width, 3]. Image models that were trained with several
-        images get them as images, after `images`, and at most as many as fit the context beside
-        `max_new_tokens`.
+        images get them as images of one tile, after `images`, and at most as many as fit the
+        context beside `max_new_tokens`.
     """
 
     question: str

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from xgenmm.config import (
     TemporalConfig,
     TextConfig,
     TilingConfig,
+    TilingMode,
     VisionConfig,
     XGenMMConfig,
 )
@@ -23,7 +24,7 @@ from xgenmm.models.xgenmm import XGenMM
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.prompts import Prompt
 
-_TILING_MODES: dict[str, Literal["anyres", "squash", "pad"]] = {
+_TILING_MODES: dict[str, TilingMode] = {
     "anyres": "anyres",
     "none": "squash",
     "pad": "pad",

@@ -22,11 +22,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from xgenmm.config import TilingConfig
+from xgenmm.config import TilingConfig, TilingMode
 from xgenmm.errors import InputError
 from xgenmm.preprocessing.images import read_image
 from xgenmm.preprocessing.tiling import TiledImage, tile_image
@@ -110,7 +110,7 @@ class ImageDecoders:
         content: bytes,
         name: str = "video",
         selection: FrameSelection | None = None,
-        mode: Literal["anyres", "squash", "pad"] | None = None,
+        mode: TilingMode | None = None,
     ) -> Video[TiledImage]:
         """Take frames from the content of a video file and tile each like an image.
 
