@@ -4,8 +4,8 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal
 
