@@ -11,6 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 import xgenmm
+from tests.support import tiny
 from tests.support.paths import DEMO
 from tests.support.server import data_url
 from tests.vllm_plugin.engines import vllm_engine
@@ -131,6 +132,14 @@ def test_v1_checkpoint_is_rejected(tmp_path: Path) -> None:
     config = {"architectures": ["Blip3ModelForConditionalGeneration"], "model_type": "blip_3"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"v1\.5 and demo, but this is v1"):
+        LLM(str(tmp_path))
+
+
+def test_video_checkpoint_is_rejected(tmp_path: Path) -> None:
+    config = json.loads((tiny.checkpoint(tmp_path, temporal="gttm") / "config.json").read_text())
+    del config["temporal_encoder_config"]  # as in the released files: only the tensors tell
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "xgenmm"}))
+    with pytest.raises(ValueError, match=r"this is a video model.* use xgenmm\.load"):
         LLM(str(tmp_path))
 
 

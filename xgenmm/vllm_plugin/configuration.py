@@ -3,6 +3,7 @@
 The released file states few sizes; `xgenmm.config` fills in the others.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -10,6 +11,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from xgenmm.checkpoints.config_json import from_json
+from xgenmm.checkpoints.registry import read_config
 from xgenmm.models.phi3_huggingface import phi3_config
 from xgenmm.models.vision import siglip_config
 
@@ -59,7 +61,16 @@ class ModelDefaults(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Use the package's prompts and tokenizer, and greedy decoding, as the authors do."""
+        """Use the package's prompts and tokenizer, and greedy decoding, as the authors do.
+
+        Raises ValueError for a video model, which the folder's name or its tensors tell.
+        """
+        if read_config(Path(model_config.model)).temporal is not None:
+            raise ValueError(
+                "model: vLLM serves the image models of xGen-MM v1.5, but this is a video model, "
+                "whose temporal encoder the plugin does not have; use xgenmm.load or `xgenmm "
+                "caption` for this one"
+            )
         if model_config.tokenizer_mode == "auto":
             model_config.tokenizer_mode = TOKENIZER_MODE
         model_config.override_generation_config.setdefault("temperature", 0.0)

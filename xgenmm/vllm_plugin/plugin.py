@@ -1,7 +1,7 @@
-"""vLLM plugin: serve v1.5 checkpoints with continuous batching and tensor parallelism.
+"""vLLM plugin: serve v1.5 image checkpoints with continuous batching and tensor parallelism.
 
 vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its
-processes. From then on `--model FOLDER` accepts every v1.5 checkpoint and the demo.
+processes. From then on `--model FOLDER` accepts every v1.5 image checkpoint and the demo.
 
     configuration.py  config.json -> vLLM's configuration and defaults
     processor.py      images -> tiles, and the number of their tokens in the prompt
