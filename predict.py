@@ -82,6 +82,7 @@ class Predictor(BasePredictor):
         InputError for a setting that is out of range.
         """
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL
         self._watchdog = watch_worker()
         try:
             self._load()
