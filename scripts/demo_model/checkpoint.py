@@ -29,6 +29,7 @@ SPECIAL_TOKENS = (
     "<|user|>", "<pad>",
 )  # fmt: skip
 CONFIG = XGenMMConfig(
+    frames_as_images=True,  # as for its base
     vision=VisionConfig("siglip", 192, 768, 4, 3, TILE, TILE // SIDE),
     resampler=ResamplerConfig(num_latents=36, depth=2, num_heads=6, head_dim=32),
     decoder=DecoderConfig(

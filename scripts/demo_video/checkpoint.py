@@ -21,6 +21,7 @@ DEMO_VIDEO = DEMO.parent / "demo-video"
 CONFIG = replace(
     IMAGE_CONFIG,
     decoder=replace(IMAGE_CONFIG.decoder, intermediate_size=192),
+    frames_as_images=False,
     tiling=TilingConfig("pad", ()),
     text=RELEASES[VIDEO_128].text,
     temporal=TemporalConfig(num_layers=2),
