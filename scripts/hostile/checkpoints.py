@@ -33,7 +33,7 @@ from scripts.hostile.checkpoint_values import (
     tokenizer_json,
     tokenizer_model,
 )
-from scripts.hostile.isolation import LONGEST_MESSAGE, Outcome, run
+from scripts.hostile.isolation import LONGEST_MESSAGE, Outcome, print_table, run
 
 JSON_FILES = (
     "config.json",
@@ -111,20 +111,9 @@ def main() -> int:
     if any(outcome.ended != "returned" for outcome in undamaged_outcomes.values()):
         raise RuntimeError(f"the undamaged checkpoints do not answer: {undamaged_outcomes}")
     right = {base: outcome.text for base, outcome in undamaged_outcomes.items()}
-    counts: dict[str, list[int]] = {}
-    for case in all_cases():
-        if options.only not in case.group:
-            continue
-        refused, handled, outcome = run_case(case, right)
-        count = counts.setdefault(case.group, [0, 0, 0])
-        counts[case.group] = [count[0] + 1, count[1] + refused, count[2] + handled]
-        if options.verbose and not handled:
-            print(f"  {case.group}: {case.name}: {outcome}", flush=True)
-    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
-    print(f"{'class':<40}{'cases':>7}{'refused':>9}{'handled':>9}")
-    for group, (cases, refused_cases, handled_cases) in counts.items():
-        print(f"{group:<40}{cases:>7}{refused_cases:>9}{handled_cases:>9}")
-    return int(counts["all"][0] != counts["all"][2])
+    cases = (case for case in all_cases() if options.only in case.group)
+    results = ((case, *run_case(case, right)) for case in cases)
+    return print_table(results, options.verbose)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from scripts.hostile.download_cases import Case, all_cases
-from scripts.hostile.isolation import LONGEST_MESSAGE, Outcome, run
+from scripts.hostile.isolation import LONGEST_MESSAGE, Outcome, print_table, run
 from tests.support.hub_repository import NAME, REPO, repository
 from tests.support.hub_server import HubServer
 from xgenmm.__main__ import main as xgenmm_command
@@ -109,19 +109,10 @@ def main() -> int:
     parser.add_argument("-v", "--verbose", action="store_true")
     options = parser.parse_args()
     cases = [case for case in all_cases() if options.only in case.group]
-    counts: dict[str, list[int]] = {}
     with ThreadPoolExecutor(8) as pool:  # most of them wait
-        results = pool.map(run_case, cases)
-        for case, (refused, handled, outcome) in zip(cases, results, strict=True):
-            count = counts.setdefault(case.group, [0, 0, 0])
-            counts[case.group] = [count[0] + 1, count[1] + refused, count[2] + handled]
-            if options.verbose and not handled:
-                print(f"  {case.group}: {case.name}: {outcome}", flush=True)
-    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
-    print(f"{'class':<40}{'cases':>7}{'refused':>9}{'handled':>9}")
-    for group, (number, refused_number, handled_number) in counts.items():
-        print(f"{group:<40}{number:>7}{refused_number:>9}{handled_number:>9}")
-    return int(counts["all"][0] != counts["all"][2])
+        outcomes = pool.map(run_case, cases)
+        results = ((case, *outcome) for case, outcome in zip(cases, outcomes, strict=True))
+        return print_table(results, options.verbose)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 SECONDS = 30.0
 GROWTH_BYTES = 700 << 20
@@ -26,6 +27,16 @@ class Outcome:
     def __str__(self) -> str:
         text = self.text if len(self.text) < 200 else f"{self.text[:200]}... ({len(self.text)})"
         return f"{self.ended} {self.kind}: {text}"
+
+
+class NamedCase(Protocol):
+    """What all kits' cases have: a class of attack and a name."""
+
+    @property
+    def group(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
 
 
 def run(
@@ -83,3 +94,22 @@ def _resident_bytes(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def print_table(results: Iterable[tuple[NamedCase, bool, bool, Outcome]], verbose: bool) -> int:
+    """Print how many cases of each class are refused and handled; return 1 if one is not.
+
+    results: case, whether it was refused (or in order), whether it was handled, how it ended.
+    verbose: also print each case that was not handled, as soon as it has ended.
+    """
+    counts: dict[str, list[int]] = {}
+    for case, refused, handled, outcome in results:
+        count = counts.setdefault(case.group, [0, 0, 0])
+        counts[case.group] = [count[0] + 1, count[1] + refused, count[2] + handled]
+        if verbose and not handled:
+            print(f"  {case.group}: {case.name}: {outcome}", flush=True)
+    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+    print(f"{'class':<40}{'cases':>7}{'refused':>9}{'handled':>9}")
+    for group, numbers in counts.items():
+        print(f"{group:<40}" + "{:>7}{:>9}{:>9}".format(*numbers))
+    return int(counts["all"][0] != counts["all"][2])
