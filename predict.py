@@ -12,7 +12,7 @@ streams the text of the answer and reports the metrics. Environment variables co
     XGENMM_TIMEOUT       seconds after which generation stops and the partial text is returned
     XGENMM_FETCH_SECONDS, XGENMM_FETCH_BYTES, XGENMM_DECODE_SECONDS, XGENMM_PRIVATE_ADDRESSES
                          limits on the images of a request, see docs/serving.md
-    XGENMM_SCHEMA_...    limits of JSON schemas, see docs/inputs.md
+    XGENMM_SCHEMA_..., XGENMM_VIDEO_...  limits of JSON schemas and videos, see docs/inputs.md
     COG_MAX_CONCURRENCY  predictions at once; `cog build` sets it from `@concurrent` below
 
 Cog builds the form by parsing this file, without running it, and takes string literals verbatim.
