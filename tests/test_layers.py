@@ -15,6 +15,7 @@ LAYERS = (
     {"kernels"},
     {"checkpoints"},
     {"engine"},
+    {"finetuning"},
     {"captioning", "evaluation", "vllm_plugin", "doctor"},
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.support import golden_data
 from xgenmm.config import TemporalConfig
+from xgenmm.evaluation.case import TOLERANCES
 from xgenmm.evaluation.golden import golden_model
-from xgenmm.evaluation.parity import TOLERANCES
 from xgenmm.models.resampler import PerceiverResampler
 from xgenmm.models.temporal_encoder import (
     GroupedTokenTuringMachine,

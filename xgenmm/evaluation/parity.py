@@ -5,9 +5,8 @@ the released names), `activations.safetensors` (float32, computed on a CPU) and 
 """
 
 import argparse
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +16,8 @@ from safetensors.torch import load_file
 
 from xgenmm.config import TilingConfig, XGenMMConfig
 from xgenmm.engine.reference import generate
+from xgenmm.evaluation.case import Case
+from xgenmm.evaluation.finetuning_parity import check_finetuning, is_finetuning
 from xgenmm.evaluation.golden import (
     golden_generations,
     golden_images,
@@ -40,74 +41,34 @@ status is 1 if a case fails.
 
     xgenmm parity golden/v15_anyres
     xgenmm parity golden/* --tokenizer weights/xgen-mm-phi3-mini-base-r-v1.5
+    xgenmm parity finetune/golden --model golden/v15_anyres --tokenizer weights/NAME
+
+Fine-tuning cases (losses, gradients and optimizer steps of the original training) name their model
+by its hash. It is looked for in all folders given, and in a folder `golden` beside or above them.
 """
 
-TOLERANCES: Mapping[str, float] = {
-    "tiles": 1e-6,
-    "mask": 0.0,
-    "features": 1e-4,
-    "latents": 1e-4,
-    "temporal": 1e-4,
-    "vision_tokens": 1e-4,
-    "inputs_embeds": 1e-4,
-    "logits": 1e-3,
-    "ids": 0.0,  # number of positions that differ
-}
 
-
-@dataclass
-class Case:
-    """A golden case and the largest difference of each stage from what was computed here."""
-
-    name: str
-    differences: dict[str, float]
-
-    @property
-    def passed(self) -> bool:
-        """Whether anything was compared and every stage is within its tolerance."""
-        within = (value <= TOLERANCES[_kind(stage)] for stage, value in self.differences.items())
-        return bool(self.differences) and all(within)
-
-    def compare(self, stage: str, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Record the largest difference; infinite if shapes differ or a value is NaN."""
-        largest = float("inf")
-        if expected.shape == found.shape:
-            differences = (expected.float() - found.float()).abs()
-            largest = differences.max().item() if differences.numel() else 0.0
-        if math.isnan(largest):
-            largest = float("inf")
-        self.differences[stage] = max(largest, self.differences.get(stage, 0.0))
-
-    def compare_ids(self, stage: str, expected: Sequence[int], found: Sequence[int]) -> None:
-        """Record how many positions differ, missing ones included."""
-        pairs = zip(expected, found, strict=False)
-        count = sum(a != b for a, b in pairs) + abs(len(expected) - len(found))
-        self.differences[stage] = float(count)
-
-    def __str__(self) -> str:
-        parts = [
-            f"{stage} {value:.0f} differ" if _kind(stage) == "ids" else f"{stage} {value:.1e}"
-            for stage, value in self.differences.items()
-        ]
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {', '.join(parts) or 'nothing'}"
-
-
-def _kind(stage: str) -> str:
-    return "ids" if stage.endswith("ids") else stage.removesuffix("_pad").removesuffix("_squash")
-
-
-def check_folder(folder: Path, tokenizer: Path | None) -> Iterator[Case]:
+def check_folder(
+    folder: Path, tokenizer: Path | None, models: Sequence[Path] = ()
+) -> Iterator[Case]:
     """Compare every case of a golden folder.
 
+    Args:
+        tokenizer: a folder of tokenizer files, for cases with texts.
+        models: golden folders, of which one has the model of a folder of fine-tuning cases.
+
     Raises:
-        ValueError: it is not a golden folder, or has token ids and `tokenizer` is None.
+        ValueError: it is not a golden folder, its model is not found, or it has texts and
+            `tokenizer` is None.
         OSError: a file is missing or cannot be read.
     """
     try:
         golden = read_json_object(folder / "cases.json")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a golden folder ({error})") from error
-    if "vision" in golden:
+    if is_finetuning(golden):
+        yield from check_finetuning(folder, golden, tokenizer, models)
+    elif "vision" in golden:
         yield from _check_model(folder, golden)
     elif tokenizer is None:
         raise ValueError(f"{folder} has token ids: give tokenizer files with --tokenizer FOLDER")
@@ -127,7 +88,7 @@ def _check_model(folder: Path, golden: Mapping[str, Any]) -> Iterator[Case]:
 
 def _check_frame_indices(folder: Path, table: Sequence[Mapping[str, Any]]) -> Case:
     """Compare the indices of the frames to take, but for clips too short for the original."""
-    case, expected, found = Case(f"{folder.name}/frame_sampling", {}), list[int](), list[int]()
+    case, expected, found = Case(f"{folder.name}/frame_sampling"), list[int](), list[int]()
     for row in table:
         total, count = row["total"], row["num_frames"]
         if total >= max(EXACT_TOTAL, 2 * count):
@@ -145,7 +106,7 @@ def _check_case(
     activations: Mapping[str, torch.Tensor],
 ) -> Case:
     name = description["name"]
-    case = Case(f"{folder.name}/{name}", {})
+    case = Case(f"{folder.name}/{name}")
 
     def compare(key: str, stage: str, found: torch.Tensor) -> None:
         if f"{name}.{key}" in activations:
@@ -238,7 +199,7 @@ def _check_tokens(folder: Path, golden: Mapping[str, Any], tokenizer: Path) -> I
     conventions = [convention for convention in get_args(Convention) if convention in used]
     tokens = {c: Tokenizer.from_folder(tokenizer, c, extra) for c in conventions}
     for number, description in enumerate(golden["cases"]):
-        case = Case(f"{folder.name}/{description['kind']}-{number}", {})
+        case = Case(f"{folder.name}/{description['kind']}-{number}")
         found = tokens[description["tokenizer"]].encode(description["text"])
         case.compare_ids("ids", description["ids"], found)
         yield case
@@ -253,16 +214,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="tokenizer files, for golden folders of token ids",
+        help="tokenizer files, for golden folders of token ids or labels",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="the golden folder with the model of fine-tuning cases",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run `xgenmm parity`; return the exit status."""
     passed = failed = 0
+    models = [*([options.model] if options.model else []), *options.folders]
     for folder in options.folders:
         try:
-            for case in check_folder(folder, options.tokenizer):
+            for case in check_folder(folder, options.tokenizer, models):
                 print(case, flush=True)
                 passed, failed = passed + case.passed, failed + (not case.passed)
         except (OSError, ValueError) as error:

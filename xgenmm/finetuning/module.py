@@ -1,0 +1,66 @@
+"""The model as it is trained: a batch of rows -> the sum of its loss."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from xgenmm.finetuning.batch import IGNORED, Row, SpecialIds, embed_rows
+from xgenmm.models.attention import UncachedAttention
+from xgenmm.models.xgenmm import XGenMM
+
+
+class TrainedModel(nn.Module):
+    """A model whose `forward` is the loss, so that DDP and FSDP can wrap it.
+
+    There is no dropout, so training mode makes no difference.
+    """
+
+    def __init__(self, model: XGenMM, special: SpecialIds) -> None:
+        super().__init__()
+        self.model = model
+        self.special = special
+
+    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Sum the cross-entropy of all labels of a batch: float32, differentiable.
+
+        It is 0, with gradients of 0, if the batch has no label. Logits are computed only where
+        there is a label.
+        """
+        inputs = embed_rows(self.model, rows, self.special)
+        rows_and_length = inputs.targets.shape
+        positions = torch.arange(rows_and_length[1], device=inputs.embeds.device)
+        hidden = self.model.decoder(
+            inputs.embeds, positions.expand(rows_and_length), UncachedAttention(inputs.visible)
+        )
+        learned = inputs.targets != IGNORED
+        logits = self.model.logits(hidden[learned])
+        return F.cross_entropy(logits, inputs.targets[learned], reduction="sum")
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that are trained, by their released names."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def freeze_vision(model: XGenMM) -> None:
+    """Train what the authors train: everything but the vision tower, the whole vocabulary too."""
+    model.requires_grad_(True)
+    model.vlm.vision_encoder.requires_grad_(False)
+
+
+def checkpoint_gradients(model: XGenMM) -> None:
+    """Recompute the activations of the decoder's and resampler's layers in the backward pass.
+
+    The memory of a batch is then that of one layer, for about a third more time.
+    """
+    resampler = cast(Sequence[nn.ModuleList], model.vlm.vision_tokenizer.layers)
+    parts = [part for layer in resampler for part in layer]
+    for module in (*model.decoder.model.layers, *parts):
+        recomputed = partial(checkpoint, module.forward, use_reentrant=False)
+        setattr(module, "forward", recomputed)  # noqa: B010 - mypy refuses to assign to a method
