@@ -42,6 +42,9 @@ COMMANDS = {
     ),
     "doctor": Command("check that this machine computes right and fast", "xgenmm.doctor"),
     "caption": Command("ask questions about every image of a dataset", "xgenmm.captioning.program"),
+    "finetune": Command(
+        "train a checkpoint on your own images and answers", "xgenmm.finetuning.program"
+    ),
     "parity": Command(
         "compare this implementation with golden data of the original", "xgenmm.evaluation.parity"
     ),
