@@ -45,6 +45,10 @@ COMMANDS = {
     "finetune": Command(
         "train a checkpoint on your own images and answers", "xgenmm.finetuning.program"
     ),
+    "merge": Command(
+        "write a whole checkpoint from an adapter",
+        *("xgenmm.finetuning.program", "add_merge_arguments", "run_merge"),
+    ),
     "parity": Command(
         "compare this implementation with golden data of the original", "xgenmm.evaluation.parity"
     ),
