@@ -126,9 +126,7 @@ def test_merged_checkpoint_equals_the_adapter_in_peft(folder: Path, finished: Pa
     model = XGenMM(read_config(base))
     load_parameters(model, base, device="cpu", dtype=torch.float32)
     expected = (
-        PeftModel.from_pretrained(model, str(finished / "adapter"))  # type: ignore[arg-type]
-        .merge_and_unload()
-        .state_dict()
+        PeftModel.from_pretrained(model, str(finished / "adapter")).merge_and_unload().state_dict()
     )
     found = load_file(merged / "model.safetensors")
     before = load_file(base / "model.safetensors")

@@ -151,6 +151,7 @@ class Training:
             draw_losses(self._output.read_log(), self._output.path / "loss.png")
             self._write_result("best" if best is not None else None)
         self._accelerator.wait_for_everyone()
+        self._accelerator.end_training()
         return self._output.path / self._result_name
 
     @property
@@ -245,8 +246,12 @@ def _accelerator() -> "Accelerator":
         raise InputError("finetune", problem) from error
     # A step of text only leaves the resampler without a gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    precision = "bf16" if torch.cuda.is_available() else "no"
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+    gpu = torch.cuda.is_available()
+    return Accelerator(
+        cpu=not gpu,  # without which processes on CPUs would not know of one another
+        mixed_precision="bf16" if gpu else "no",
+        kwargs_handlers=[unused],
+    )
 
 
 def load_model(
