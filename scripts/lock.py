@@ -49,6 +49,10 @@ LOCKS = {
         "The library and what `xgenmm caption` needs for Parquet files and Ray.",
         ("pyproject.toml", "--extra=data", "-c", EVERYTHING),
     ),
+    "requirements-finetune.txt": Lock(
+        "The library, fine-tuning and Cog's server, for Cog's image that trains.",
+        ("pyproject.toml", "--extra=serve", "--extra=finetune", "-c", EVERYTHING),
+    ),
     "requirements-vllm.txt": Lock(
         "vLLM without a GPU, for `make test-vllm`. Install with --no-deps.",
         ("--group=pyproject.toml:test-vllm",),
