@@ -41,7 +41,7 @@ class TrainingTarget:
 
     full: bool = False
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     targets: tuple[str, ...] = LORA_TARGETS
     resampler: Literal["whole", "lora", "frozen"] = "whole"
 

@@ -7,8 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from xgenmm.checkpoints.checks import read_tokenizer
 from xgenmm.checkpoints.registry import read_config, resolve
 from xgenmm.config import XGenMMConfig
@@ -17,6 +15,7 @@ from xgenmm.finetuning.adapters import LORA_TARGETS, TrainingTarget
 from xgenmm.finetuning.check import Report, check_dataset, describe
 from xgenmm.finetuning.conversation import MAX_TEXT_TOKENS, PAD
 from xgenmm.finetuning.dataset import Dataset, read_dataset
+from xgenmm.finetuning.display import Progress
 from xgenmm.finetuning.images import ImageReader
 from xgenmm.finetuning.loader import RowReader
 from xgenmm.finetuning.merge import write_checkpoint
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full", action="store_true", help="train all but the vision tower, as the authors do"
     )
     add("--lora-rank", 16, "width of LoRA's matrices")
-    add("--lora-alpha", 32.0, "scale of LoRA, divided by its rank")
+    add("--lora-alpha", 32, "scale of LoRA, divided by its rank")
     parser.add_argument(
         "--lora-targets",
         nargs="+",
@@ -230,8 +229,8 @@ def checked(
         for placed in dataset.samples
         for source in placed.sample.images
     }
-    with tqdm(total=len(images), desc="checking images", unit="image") as bar:
-        return check_dataset(dataset, config, tokenizer, reader, max_tokens, lambda: bar.update())
+    with Progress(len(images), "image") as progress:
+        return check_dataset(dataset, config, tokenizer, reader, max_tokens, progress.update)
 
 
 def report_faults(report: Report) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.config import XGenMMConfig
@@ -26,6 +25,7 @@ from xgenmm.finetuning.adapters import (
 from xgenmm.finetuning.batch import count_labels
 from xgenmm.finetuning.conversation import special_ids
 from xgenmm.finetuning.dataset import PlacedSample
+from xgenmm.finetuning.display import Progress
 from xgenmm.finetuning.loader import Plan, RowReader, read_steps
 from xgenmm.finetuning.merge import write_checkpoint
 from xgenmm.finetuning.module import TrainedModel, checkpoint_gradients
@@ -138,11 +138,10 @@ class Training:
         devices, device = self._accelerator.num_processes, self._accelerator.process_index
         steps = read_steps(self._plan, self._samples, self._reader, first, device, devices)
         writer = tensorboard_writer(self._output.path) if main else None
-        with tqdm(total=self._plan.steps, initial=first, disable=not main, unit="step") as bar:
+        with Progress(self._plan.steps, "step", initial=first, shown=main) as progress:
             for step, batches in steps:
                 line = self._step(step, batches)
-                bar.set_postfix(loss=f"{line['loss']:.4f}", rate=f"{line['rate']:.1e}")
-                bar.update()
+                progress.update(loss=f"{line['loss']:.4f}", rate=f"{line['rate']:.1e}")
                 self._log(line, writer)
                 done = step + 1
                 if done % self._settings.save_every == 0 or done == self._plan.steps:
