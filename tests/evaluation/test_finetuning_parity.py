@@ -59,15 +59,17 @@ def visible_padding(patch: Patch) -> None:
     patch.setattr(
         module,
         "embed_rows",
-        lambda model, rows, special: real(model, rows, replace(special, pad=-1)),
+        lambda model, rows, special, **options: real(
+            model, rows, replace(special, pad=-1), **options
+        ),
     )
 
 
 def no_shift(patch: Patch) -> None:
     real = batch.embed_rows
 
-    def unshifted(*args: object) -> batch.Inputs:
-        inputs = real(*args)  # type: ignore[arg-type]
+    def unshifted(*args: Any, **options: Any) -> batch.Inputs:
+        inputs = real(*args, **options)
         return replace(inputs, targets=inputs.targets.roll(1, 1))
 
     patch.setattr(module, "embed_rows", unshifted)

@@ -94,11 +94,8 @@ def _lora_modules(model: XGenMM, target: TrainingTarget) -> list[str]:
 
 
 def trained_tensors(module: TrainedModel) -> dict[str, torch.Tensor]:
-    """Return the trained parameters on the CPU under the names that peft's files have."""
-    return {
-        name.replace(".default.", "."): parameter.detach().cpu().contiguous()
-        for name, parameter in module.trained_parameters()
-    }
+    """Return the trained parameters under the names that peft's files have."""
+    return {name.replace(".default.", "."): p for name, p in module.trained_parameters()}
 
 
 def save_adapter(

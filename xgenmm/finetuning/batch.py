@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -67,19 +68,30 @@ def count_labels(rows: Sequence[Row], special: SpecialIds) -> int:
     return sum(label != IGNORED for row in rows for label in special.learned(row.labels)[1:])
 
 
-def embed_rows(model: XGenMM, rows: Sequence[Row], special: SpecialIds) -> Inputs:
+def has_images(rows: Sequence[Row], special: SpecialIds) -> bool:
+    """Whether the vision tokens of an image are among the inputs of a batch."""
+    return any(special.image in row.ids for row in rows)
+
+
+def embed_rows(
+    model: XGenMM, rows: Sequence[Row], special: SpecialIds, *, always_resample: bool = False
+) -> Inputs:
     """Embed rows, each `<image>` replaced by the vision tokens of its image.
 
-    A batch without images does not use the resampler, which then gets no gradient at all. Images
-    that no `<image>` stands for are not encoded.
+    A batch without images does not use the resampler, which then gets no gradient at all; with
+    `always_resample` it resamples a blank tile and gets a gradient of 0. Images that no `<image>`
+    stands for are not encoded.
 
     Raises ValueError if a row has fewer images than `<image>`.
     """
     images = [image for row in rows for image in _used_images(row, special)]
+    if always_resample and not images:
+        images = [_blank_image(model.config.vision.image_size)]
     with torch.no_grad():  # the vision tower is frozen
         features = model.features(images)
     vision_tokens = iter(model.vision_tokens(images, features))
     fused = [_embed_row(model, row, special, vision_tokens) for row in rows]
+    unused = [0.0 * tokens.sum() for tokens in vision_tokens]
     length = max(len(embeds) for embeds, _, _ in fused)
 
     def stack(index: int, value: float) -> torch.Tensor:
@@ -98,7 +110,11 @@ def embed_rows(model: XGenMM, rows: Sequence[Row], special: SpecialIds) -> Input
     itself = torch.eye(length, dtype=torch.bool, device=model.device)
     visible |= itself & ~visible.any(-1, keepdim=True)
     targets = F.pad(stack(2, IGNORED), (0, 1), value=IGNORED)[:, 1:]
-    return Inputs(stack(0, 0.0), visible[:, None], targets)
+    return Inputs(sum(unused, stack(0, 0.0)), visible[:, None], targets)
+
+
+def _blank_image(side: int) -> TiledImage:
+    return TiledImage(np.zeros((1, side, side, 3), np.uint8), 0, 0, (side, side))
 
 
 def _used_images(row: Row, special: SpecialIds) -> Sequence[TiledImage]:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from xgenmm.config import XGenMMConfig
+from xgenmm.errors import InputError
 from xgenmm.finetuning.batch import IGNORED, Row
 from xgenmm.finetuning.conversation import MAX_TEXT_TOKENS, tokenize
 from xgenmm.finetuning.dataset import PlacedSample
@@ -28,12 +29,15 @@ class RowReader:
     max_tokens: int = MAX_TEXT_TOKENS
 
     def read(self, placed: PlacedSample) -> Row:
-        """Raises InputError if an image cannot be read any more."""
+        """Raises InputError, naming the sample, if an image cannot be read any more."""
         tokens = tokenize(placed.sample.turns, self.tokenizer, self.max_tokens)
         tiling, side = self.config.tiling, self.config.vision.image_size
         folder = placed.place.file.parent
         images = (self.images.read(source, folder) for source in placed.sample.images)
-        tiles = tuple(tile_image(image, tiling, side) for image in images)
+        try:
+            tiles = tuple(tile_image(image, tiling, side) for image in images)
+        except InputError as error:
+            raise InputError("DATA", f"{placed.place}: {error}") from error
         return Row(tokens.ids, tokens.labels, tiles)
 
 
@@ -85,7 +89,8 @@ def read_steps(
 
     All devices get equally many batches: one that would have too few gets one without labels.
     """
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as executor:
+    executor = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+    try:
         waiting: deque[tuple[int, list[list[Future[Row]]], bool]] = deque()
         for step in range(first, plan.steps):
             batches = plan.step(step)
@@ -99,6 +104,8 @@ def read_steps(
                 yield _result(*waiting.popleft())
         while waiting:
             yield _result(*waiting.popleft())
+    finally:  # after an error or Ctrl-C, do not read what is not needed any more
+        executor.shutdown(cancel_futures=True)
 
 
 def _result(

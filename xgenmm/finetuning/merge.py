@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from xgenmm.checkpoints.loading import parameter_files, stored_tensors
 from xgenmm.checkpoints.manifest import is_checkpoint_file, write_manifest
 from xgenmm.errors import CheckpointError, listed
-from xgenmm.files import read_json_object
+from xgenmm.files import read_json_object, write_json
 from xgenmm.finetuning.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE, save_tensors
 from xgenmm.finetuning.progress import complete_folder
 
@@ -75,8 +75,12 @@ class Adapter:
         return weight
 
 
-def write_checkpoint(base: Path, adapter: Path, target: Path) -> None:
+def write_checkpoint(
+    base: Path, adapter: Path, target: Path, files: Mapping[str, Any] | None = None
+) -> None:
     """Write a checkpoint in the released layout: `base` with an adapter merged into it.
+
+    files: JSON files in place of the base's, by name.
 
     Raises CheckpointError if the adapter is of another checkpoint, or the disk is full.
     """
@@ -87,6 +91,11 @@ def write_checkpoint(base: Path, adapter: Path, target: Path) -> None:
         for path in sorted(base.iterdir()):
             if is_checkpoint_file(path.name) and path.suffix != ".safetensors":
                 shutil.copyfile(path, folder / path.name)
+        beside = base.parent / "tokenizer.model"  # read from there if the folder has none
+        if beside.exists() and not (folder / beside.name).exists():
+            shutil.copyfile(beside, folder / beside.name)
+        for name, content in (files or {}).items():
+            write_json(folder / name, content)
         for path in parameters:
             with safe_open(path, "pt") as file:
                 tensors = {n: trained.apply(n, file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118

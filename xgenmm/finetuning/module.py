@@ -18,12 +18,19 @@ class TrainedModel(nn.Module):
     """A model whose `forward` is the loss, so that DDP and FSDP can wrap it.
 
     There is no dropout, so training mode makes no difference.
+
+    Attributes:
+        sharded: whether the model is split over devices. Then all of it takes part in every batch,
+            even without images: the devices gather each part together.
     """
 
-    def __init__(self, model: XGenMM, special: SpecialIds) -> None:
+    def __init__(self, model: XGenMM, special: SpecialIds, *, autocast: bool = False) -> None:
+        """autocast: compute matrix products in bfloat16, whatever the dtype of the weights."""
         super().__init__()
         self.model = model
         self.special = special
+        self.sharded = False
+        self._autocast = autocast
 
     def forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Sum the cross-entropy of all labels of a batch: float32, differentiable.
@@ -31,7 +38,11 @@ class TrainedModel(nn.Module):
         It is 0, with gradients of 0, if the batch has no label. Logits are computed only where
         there is a label.
         """
-        inputs = embed_rows(self.model, rows, self.special)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._autocast):
+            return self._summed_loss(rows)
+
+    def _summed_loss(self, rows: Sequence[Row]) -> torch.Tensor:
+        inputs = embed_rows(self.model, rows, self.special, always_resample=self.sharded)
         rows_and_length = inputs.targets.shape
         positions = torch.arange(rows_and_length[1], device=inputs.embeds.device)
         hidden = self.model.decoder(
@@ -46,6 +57,11 @@ class TrainedModel(nn.Module):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+    def drop_resampler_gradients(self) -> None:
+        """Leave the resampler without gradients, as after a step of text only."""
+        for parameter in self.model.vlm.vision_tokenizer.parameters():
+            parameter.grad = None
 
 
 def freeze_vision(model: XGenMM) -> None:

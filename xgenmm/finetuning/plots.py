@@ -1,9 +1,13 @@
 """Losses as a plot and for TensorBoard, if the libraries for it are installed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+Writer = Callable[[str, float, int], object]
+"""Takes the name of a curve, a value, and the step."""
 
 
 def draw_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -24,10 +28,16 @@ def draw_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     partial.replace(path)
 
 
-def tensorboard_writer(folder: Path) -> Any | None:
-    """Return a writer of event files in `folder`; None if TensorBoard is not installed."""
-    if find_spec("tensorboard") is None:
-        return None
+@contextmanager
+def tensorboard_writer(folder: Path, first: int, *, enabled: bool) -> Iterator[Writer]:
+    """Yield a writer of event files in `folder`, which does nothing without TensorBoard.
+
+    first: steps made before; what an earlier process wrote about later ones is discarded.
+    """
+    if not enabled or find_spec("tensorboard") is None:
+        yield lambda name, value, step: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1) as writer:
+        yield writer.add_scalar

@@ -1,7 +1,9 @@
 """What a run leaves on the disk while it trains, so that it can be killed at any moment.
 
-OUTPUT holds `settings.json`, `log.jsonl` (a line for each step and each validation) and
-`state/step-N`, the newest complete state: trained parameters, optimizer and schedule.
+OUTPUT holds `settings.json`, `log.jsonl` (a line for each step and each validation), `downloads`
+(the images of URLs) and `state/step-N`, the newest complete state: trained parameters, optimizer
+and schedule. Its files hold whole tensors, so another number of devices may continue. `state/best`
+has the trained parameters of the lowest validation loss, in an adapter's files.
 """
 
 import json
@@ -19,10 +21,11 @@ from xgenmm.errors import InputError
 from xgenmm.files import atomic_write, read_json_object, sync, write_json
 from xgenmm.finetuning.adapters import save_tensors, trained_tensors
 from xgenmm.finetuning.module import TrainedModel
+from xgenmm.finetuning.sharding import gather, like
 from xgenmm.finetuning.step import Stepper
 
-SETTINGS, LOG, STATE = "settings.json", "log.jsonl", "state"
-_WEIGHTS, _OPTIMIZER, _EXTRA = "trained.safetensors", "optimizer.pt", "extra.json"
+SETTINGS, LOG, STATE, DOWNLOADS = "settings.json", "log.jsonl", "state", "downloads"
+_WEIGHTS, _MOMENTS, _REST = "trained.safetensors", "optimizer.safetensors", "state.json"
 
 
 class RunFolder:
@@ -30,6 +33,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.best = path / STATE / "best"
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Create the folder, or check that a run with the same settings began in it.
@@ -39,7 +43,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / SETTINGS
         if not file.exists():
-            if any(self.path.iterdir()):
+            if any(path.name != DOWNLOADS for path in self.path.iterdir()):
                 raise InputError("output", f"{self.path} has other files; give a new folder")
             write_json(file, settings)
         found = read_json_object(file)
@@ -50,16 +54,22 @@ class RunFolder:
             problem = f"{self.path} has a run with other settings: {names}; give a new folder"
             raise InputError("output", problem)
 
-    def save(self, step: int, module: TrainedModel, stepper: Stepper, extra: Any) -> None:
+    def save(
+        self, step: int, module: TrainedModel, stepper: Stepper, extra: Any, *, writes: bool
+    ) -> None:
         """Save the state after `step` steps; the one before is removed once this is complete.
 
-        Raises CheckpointError if the disk is full; the state before stays.
+        All processes call this, and one `writes`. Raises CheckpointError if the disk is full; the
+        state before stays.
         """
+        weights = gather(trained_tensors(module), keep=writes)
+        moments = gather(stepper.moments(), keep=writes)
+        if not writes:
+            return
         with complete_folder(self.path / STATE / f"step-{step:08}") as folder:
-            save_tensors(folder / _WEIGHTS, trained_tensors(module))
-            with atomic_write(folder / _OPTIMIZER) as file:
-                torch.save(stepper.state_dict(), file)
-            write_json(folder / _EXTRA, extra)
+            save_tensors(folder / _WEIGHTS, weights)
+            save_tensors(folder / _MOMENTS, moments)
+            write_json(folder / _REST, {"counters": stepper.counters(), "extra": extra})
         for old in self._states()[:-1]:
             shutil.rmtree(old)
 
@@ -71,14 +81,13 @@ class RunFolder:
         states = self._states()
         if not states:
             return 0, None
-        tensors = load_file(states[-1] / _WEIGHTS)
+        folder = states[-1]
+        tensors, rest = load_file(folder / _WEIGHTS), read_json_object(folder / _REST)
         with torch.no_grad():
-            for name, parameter in module.trained_parameters():
-                parameter.copy_(tensors[name.replace(".default.", ".")])
-        device = module.model.device
-        optimizer = torch.load(states[-1] / _OPTIMIZER, map_location=device, weights_only=True)
-        stepper.load_state_dict(optimizer)
-        return int(states[-1].name.removeprefix("step-")), read_json_object(states[-1] / _EXTRA)
+            for name, parameter in trained_tensors(module).items():
+                parameter.copy_(like(parameter, tensors[name]))
+        stepper.load(load_file(folder / _MOMENTS), rest["counters"])
+        return int(folder.name.removeprefix("step-")), rest["extra"]
 
     def _states(self) -> list[Path]:
         return sorted((self.path / STATE).glob("step-*[0-9]"))

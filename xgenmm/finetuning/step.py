@@ -13,8 +13,8 @@ with it. The default differs only where that loop is at fault:
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from xgenmm.finetuning.batch import Row, count_labels
+from xgenmm.finetuning import sharding
+from xgenmm.finetuning.batch import Row, count_labels, has_images
 from xgenmm.finetuning.module import TrainedModel
 
 Batch = Sequence[Row]
@@ -89,6 +90,7 @@ class Stepper:
         forward: what computes a batch's summed loss: the module, or a wrapper of it (DDP).
         sum_over_devices: adds up a number over all processes.
         devices: number of processes; wrappers average the gradients over them.
+        unsynchronized: a context in which they do so later, with the gradients of the next batch.
     """
 
     def __init__(
@@ -99,19 +101,24 @@ class Stepper:
         forward: Callable[[Batch], torch.Tensor] | None = None,
         sum_over_devices: Callable[[int], int] = int,
         devices: int = 1,
+        unsynchronized: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.module, self.settings = module, settings
         self.optimizer, self.schedule = make_optimizer(module, settings)
         self._forward = forward or module
         self._sum_over_devices, self._devices = sum_over_devices, devices
+        self._unsynchronized = unsynchronized
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """Make one step from at most `accumulation` batches."""
         labels = [count_labels(batch, self.module.special) for batch in batches]
         total = self._sum_over_devices(sum(labels))
         losses, norms = list[float](), list[float]()
-        for batch, count in zip(batches, labels, strict=True):
-            with self._attention():
+        for number, (batch, count) in enumerate(zip(batches, labels, strict=True), 1):
+            with ExitStack() as contexts:
+                contexts.enter_context(self._attention())
+                if number < len(batches) and not self.settings.authors:
+                    contexts.enter_context(self._unsynchronized())
                 loss = self._forward(batch)
                 losses.append(loss.item() / count if count else math.nan)
                 (loss / self._divisor(count, total)).backward()
@@ -119,6 +126,7 @@ class Stepper:
                 norms.append(self._clip())
         if not self.settings.authors:
             norms.append(self._clip())
+        self._drop_unused_gradients(batches)
         rate = float(self.schedule.get_last_lr()[0])
         if total or self.settings.authors:
             self.optimizer.step()
@@ -141,16 +149,35 @@ class Stepper:
 
     def _clip(self) -> float:
         parameters = [parameter for _, parameter in self.module.trained_parameters()]
-        return torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_norm).item()
+        return sharding.number(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_norm))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimizer and schedule, for `load_state_dict`."""
+    def _drop_unused_gradients(self, batches: Sequence[Batch]) -> None:
+        """Give a sharded resampler none in a step without images, as one on a single device."""
+        if self.module.sharded:
+            images = sum(has_images(batch, self.module.special) for batch in batches)
+            if not self._sum_over_devices(images):
+                self.module.drop_resampler_gradients()
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Return the optimizer's tensors, named `PARAMETER/KEY`."""
         return {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            f"{name}/{key}": value
+            for name, parameter in self.module.trained_parameters()
+            for key, value in self.optimizer.state[parameter].items()
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+    def counters(self) -> dict[str, Any]:
+        """Return the rest of the state of optimizer and schedule, as JSON has it."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        return {"groups": groups, "schedule": self.schedule.state_dict()}
+
+    def load(self, moments: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
+        """Continue from what `moments` (whole tensors) and `counters` returned."""
+        parameters = dict(self.module.trained_parameters())
+        indices = {name: index for index, name in enumerate(parameters)}
+        state = dict[int, dict[str, torch.Tensor]]()
+        for name_and_key, value in moments.items():
+            name, _, key = name_and_key.rpartition("/")
+            state.setdefault(indices[name], {})[key] = sharding.like(parameters[name], value)
+        self.optimizer.load_state_dict({"state": state, "param_groups": counters["groups"]})
+        self.schedule.load_state_dict(counters["schedule"])

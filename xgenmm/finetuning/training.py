@@ -4,17 +4,17 @@ import dataclasses
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from xgenmm.checkpoints.loading import load_parameters
-from xgenmm.config import XGenMMConfig
-from xgenmm.errors import InputError
+from xgenmm.checkpoints.staging import disk_errors
 from xgenmm.finetuning.adapters import (
     TrainingTarget,
     count_parameters,
@@ -23,20 +23,20 @@ from xgenmm.finetuning.adapters import (
     trained_tensors,
 )
 from xgenmm.finetuning.batch import count_labels
+from xgenmm.finetuning.checkpoint import TrainedCheckpoint
 from xgenmm.finetuning.conversation import special_ids
 from xgenmm.finetuning.dataset import PlacedSample
+from xgenmm.finetuning.devices import Devices
 from xgenmm.finetuning.display import Progress
 from xgenmm.finetuning.loader import Plan, RowReader, read_steps
 from xgenmm.finetuning.merge import write_checkpoint
 from xgenmm.finetuning.module import TrainedModel, checkpoint_gradients
-from xgenmm.finetuning.plots import draw_losses, tensorboard_writer
+from xgenmm.finetuning.plots import Writer, draw_losses, tensorboard_writer
 from xgenmm.finetuning.progress import RunFolder, complete_folder
+from xgenmm.finetuning.sharding import gather
 from xgenmm.finetuning.step import Batch, Stepper, StepResult, StepSettings
 from xgenmm.models.vision import fuse_attention
 from xgenmm.models.xgenmm import XGenMM
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class TrainingSettings:
         warmup: share of the steps in which the rate rises.
         validation: share of the samples that are not trained on, but measured.
         save_every: steps between saved states and validations.
+        precision: `float32` or `bf16`, of matrix products and of weights that are not trained.
     """
 
     target: TrainingTarget = field(default_factory=TrainingTarget)
@@ -67,6 +68,7 @@ class TrainingSettings:
     seed: int = 42
     gradient_checkpointing: bool = True
     authors: bool = False
+    precision: str = "float32"
 
 
 class Training:
@@ -74,34 +76,43 @@ class Training:
 
     def __init__(
         self,
-        checkpoint: Path,
+        checkpoint: TrainedCheckpoint,
         reader: RowReader,
         samples: Sequence[PlacedSample],
         settings: TrainingSettings,
         output: Path,
+        *,
+        sharded: bool = False,
     ) -> None:
-        """Load the model. Raises InputError if peft or accelerate is not installed."""
+        """Load the model.
+
+        sharded: split the model over the devices, instead of a copy on each.
+
+        Raises InputError if peft or accelerate is not installed.
+        """
         self._checkpoint, self._reader, self._settings = checkpoint, reader, settings
-        self._accelerator = _accelerator()
+        self._devices = Devices(sharded=sharded)
         self._output = RunFolder(output)
         self._validation, self._samples = split(samples, settings.validation, settings.seed)
         self._plan = Plan(
             len(self._samples), settings.batch_size, settings.micro_batch_size, settings.epochs,
             settings.seed,
         )  # fmt: skip
+        device, bf16 = self._devices.device, settings.precision == "bf16"
         torch.manual_seed(settings.seed)
-        model = load_model(reader.config, checkpoint, self._accelerator.device, settings.target)
+        model = load_model(checkpoint, device, settings)
         self._adapter = select_parameters(model, settings.target)
         if settings.gradient_checkpointing:
             checkpoint_gradients(model)
-        self._module = TrainedModel(model, special_ids(reader.tokenizer))
-        self._forward = self._accelerator.prepare(self._module)
+        special = special_ids(checkpoint.tokenizer)
+        self._module = TrainedModel(model, special, autocast=bf16)
         self._stepper = Stepper(
             self._module,
             self._step_settings(),
-            forward=self._forward,
-            sum_over_devices=lambda number: int(self._sum([number])[0]),
-            devices=self._accelerator.num_processes,
+            forward=self._devices.wrap(self._module),
+            sum_over_devices=lambda number: int(self._devices.sum([number])[0]),
+            devices=self._devices.count,
+            unsynchronized=self._devices.unsynchronized,
         )
 
     def _step_settings(self) -> StepSettings:
@@ -110,7 +121,7 @@ class Training:
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             accumulation=math.ceil(
-                settings.batch_size / (settings.micro_batch_size * self._accelerator.num_processes)
+                settings.batch_size / (settings.micro_batch_size * self._devices.count)
             ),
             warmup_steps=round(settings.warmup * steps),
             total_steps=steps,
@@ -121,24 +132,39 @@ class Training:
     def run(self) -> Path:
         """Train, from the newest saved state on if there is one; return the folder of the result.
 
-        Raises InputError if the output folder has another run, and CheckpointError if the disk is
-        full; what was saved before stays.
+        Raises InputError if the output folder has another run or an image cannot be read any more,
+        and CheckpointError if the disk is full; what was saved before stays.
         """
-        main = self._accelerator.is_main_process
+        with disk_errors(self._output.path):
+            best = self._train()
+            self._write_result(best)
+        self._devices.wait()
+        self._devices.leave()
+        return self._output.path / self._result_name
+
+    def _train(self) -> float | None:
+        """Make all steps that are left; return the lowest validation loss."""
+        devices, main = self._devices, self._devices.is_main
         if main:
             trained = {**dataclasses.asdict(self._settings), "samples": len(self._samples)}
-            self._output.open({**trained, "checkpoint": self._checkpoint.name})
-        self._accelerator.wait_for_everyone()
+            self._output.open({**trained, "checkpoint": self._checkpoint.folder.name})
+        devices.wait()
         first, extra = self._output.load(self._module, self._stepper)
-        best = extra["best"] if extra else None
+        best: float | None = extra["best"] if extra else None
         if main:
             self._output.truncate_log(first)
         numbers = [p for _, p in self._module.trained_parameters()]
-        logger.info("training %d parameters, from step %d", count_parameters(numbers), first)
-        devices, device = self._accelerator.num_processes, self._accelerator.process_index
-        steps = read_steps(self._plan, self._samples, self._reader, first, device, devices)
-        writer = tensorboard_writer(self._output.path) if main else None
-        with Progress(self._plan.steps, "step", initial=first, shown=main) as progress:
+        split_over = f", split over {devices.count} devices" if self._module.sharded else ""
+        logger.info(
+            "training %d parameters%s, from step %d", count_parameters(numbers), split_over, first
+        )
+        steps = read_steps(
+            self._plan, self._samples, self._reader, first, devices.index, devices.count
+        )
+        with (
+            tensorboard_writer(self._output.path, first, enabled=main) as writer,
+            Progress(self._plan.steps, "step", initial=first, shown=main) as progress,
+        ):
             for step, batches in steps:
                 line = self._step(step, batches)
                 progress.update(loss=f"{line['loss']:.4f}", rate=f"{line['rate']:.1e}")
@@ -146,21 +172,17 @@ class Training:
                 done = step + 1
                 if done % self._settings.save_every == 0 or done == self._plan.steps:
                     best = self._validate_and_save(done, best, writer)
-        if main:
-            draw_losses(self._output.read_log(), self._output.path / "loss.png")
-            self._write_result("best" if best is not None else None)
-        self._accelerator.wait_for_everyone()
-        self._accelerator.end_training()
-        return self._output.path / self._result_name
+        return best
 
     @property
     def _result_name(self) -> str:
-        return "adapter" if self._adapter is not None else "checkpoint"
+        alone = self._adapter is not None and not self._checkpoint.files
+        return "adapter" if alone else "checkpoint"
 
     def _step(self, step: int, batches: Sequence[Batch]) -> dict[str, Any]:
         started = time.monotonic()
         result = self._stepper.step(batches)
-        loss, labels = self._sum([_summed_loss(result), sum(result.labels)])
+        loss, labels = self._devices.sum([_summed_loss(result), sum(result.labels)])
         return {
             "step": step + 1,
             "epoch": step // self._plan.steps_per_epoch + 1,
@@ -171,65 +193,64 @@ class Training:
             "seconds": round(time.monotonic() - started, 3),
         }
 
-    def _validate_and_save(self, step: int, best: float | None, writer: Any) -> float | None:
+    def _validate_and_save(self, step: int, best: float | None, writer: Writer) -> float | None:
         """Measure the validation loss, keep the weights if it is the lowest, and save the state."""
         loss = self._validation_loss() if self._validation else None
-        main = self._accelerator.is_main_process
         if loss is not None:
             self._log({"step": step, "validation_loss": loss}, writer)
             if best is None or loss < best:
                 best = loss
-                if main:
-                    self._write_weights("best")
-        if main:
-            self._output.save(step, self._module, self._stepper, {"best": best})
-        self._accelerator.wait_for_everyone()
+                self._keep_weights()
+        main = self._devices.is_main
+        self._output.save(step, self._module, self._stepper, {"best": best}, writes=main)
+        self._devices.wait()
         return best
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
         """The mean loss of all labels of the validation samples."""
         total, labels = 0.0, 0
-        devices, device = self._accelerator.num_processes, self._accelerator.process_index
-        for placed in self._validation[device::devices]:
-            rows = [self._reader.read(placed)]
-            total += self._module(rows).item()
-            labels += count_labels(rows, self._module.special)
-        total, count = self._sum([total, labels])
+        devices, device = self._devices.count, self._devices.index
+        for start in range(0, len(self._validation), devices):
+            number = start + device
+            if number < len(self._validation):
+                rows = [self._reader.read(self._validation[number])]
+                total += self._module(rows).item()
+                labels += count_labels(rows, self._module.special)
+            elif self._module.sharded:  # the others wait for this device's shards
+                self._module([self._reader.read(self._validation[0])])
+        total, count = self._devices.sum([total, labels])
         return total / count if count else math.nan
 
-    def _write_weights(self, name: str) -> None:
-        with complete_folder(self._output.path / name) as folder:
-            save_adapter(
-                folder, trained_tensors(self._module), self._adapter or {}, self._checkpoint.name
-            )
+    def _keep_weights(self) -> None:
+        """Keep the trained parameters as the best so far, in an adapter's files."""
+        main, base = self._devices.is_main, self._checkpoint.folder.name
+        tensors = gather(trained_tensors(self._module), keep=main)
+        if main:
+            with complete_folder(self._output.best) as folder:
+                save_adapter(folder, tensors, self._adapter or {}, base)
 
-    def _write_result(self, best: str | None) -> None:
+    def _write_result(self, best: float | None) -> None:
         """Write the adapter, or the whole checkpoint, from the best weights or the last."""
         if best is None:
-            self._write_weights("best")
-        if self._adapter is not None:
-            with complete_folder(self._output.path / "adapter") as folder:
-                for file in (self._output.path / "best").iterdir():
-                    (folder / file.name).write_bytes(file.read_bytes())
-        else:
-            adapter = self._output.path / "best"
-            write_checkpoint(self._checkpoint, adapter, self._output.path / "checkpoint")
-
-    def _log(self, line: dict[str, Any], writer: Any) -> None:
-        if not self._accelerator.is_main_process:
+            self._keep_weights()
+        if not self._devices.is_main:
             return
-        self._output.log(line)
-        if writer is not None:
-            for key in line.keys() & {"loss", "rate", "norm", "validation_loss"}:
-                writer.add_scalar(key, line[key], line["step"])
+        draw_losses(self._output.read_log(), self._output.path / "loss.png")
+        target = self._output.path / self._result_name
+        if target.name == "adapter":
+            with complete_folder(target) as folder:
+                for file in self._output.best.iterdir():
+                    shutil.copyfile(file, folder / file.name)
+        else:
+            base, files = self._checkpoint.folder, self._checkpoint.files
+            write_checkpoint(base, self._output.best, target, files)
 
-    def _sum(self, numbers: Sequence[float]) -> list[float]:
-        """Add up numbers over all devices."""
-        dtype = torch.float32 if self._accelerator.device.type == "mps" else torch.float64
-        values = torch.tensor(numbers, dtype=dtype, device=self._accelerator.device)
-        total: list[float] = self._accelerator.reduce(values, "sum").tolist()
-        return total
+    def _log(self, line: dict[str, Any], writer: Writer) -> None:
+        if self._devices.is_main:
+            self._output.log(line)
+            for key in line.keys() & {"loss", "rate", "norm", "validation_loss"}:
+                writer(key, line[key], line["step"])
 
 
 def _summed_loss(result: StepResult) -> float:
@@ -237,30 +258,18 @@ def _summed_loss(result: StepResult) -> float:
     return sum(loss * labels for loss, labels in pairs if labels)
 
 
-def _accelerator() -> "Accelerator":
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-    except ImportError as error:
-        problem = "needs accelerate; run `pip install 'xgenmm[finetune]'`"
-        raise InputError("finetune", problem) from error
-    # A step of text only leaves the resampler without a gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    gpu = torch.cuda.is_available()
-    return Accelerator(
-        cpu=not gpu,  # without which processes on CPUs would not know of one another
-        mixed_precision="bf16" if gpu else "no",
-        kwargs_handlers=[unused],
-    )
-
-
 def load_model(
-    config: XGenMMConfig, folder: Path, device: torch.device, target: TrainingTarget
+    checkpoint: TrainedCheckpoint, device: torch.device, settings: TrainingSettings
 ) -> XGenMM:
-    """Load a checkpoint for training: in bfloat16 on a GPU, but in float32 what is all trained."""
-    dtype = torch.float32 if target.full or device.type == "cpu" else torch.bfloat16
+    """Load a checkpoint for training.
+
+    What is not trained is in bfloat16 if products are; what is trained is in float32.
+    """
+    whole = settings.target.full or settings.precision == "float32"
     with torch.device("meta"):
-        model = XGenMM(config)
-    load_parameters(model, folder, device=device, dtype=dtype)
+        model = XGenMM(checkpoint.config)
+    dtype = torch.float32 if whole else torch.bfloat16
+    load_parameters(model, checkpoint.folder, device=device, dtype=dtype)
     fuse_attention(model.vlm.vision_encoder)
     return model
 
