@@ -155,9 +155,9 @@ def test_check_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     data.write_text(json.dumps(messages(images=["a.png"])))
     assert main(["finetune", "demo", str(data), "--check"]) == 0
     said = capsys.readouterr().out
-    assert f"1 samples of {data}" in said
+    assert f"1 sample of {data}" in said
     assert "[[A mill.<|end|>]]" in said
-    assert said.endswith("1 samples, 0 faults\n")
+    assert said.endswith("1 sample, 0 faults\n")
     data.write_text(json.dumps(messages(images=["b.png"])))
     assert main(["finetune", "demo", str(data), "--check"]) == 1
     assert f"FAULT {data}:1: image b.png: cannot open" in capsys.readouterr().out

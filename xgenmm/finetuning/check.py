@@ -151,9 +151,9 @@ def count_tiles(size: Size, config: XGenMMConfig) -> int:
 
 def describe(report: Report, max_tokens: int, max_positions: int) -> str:
     """Return the report as lines of text, without its faults."""
-    lines = [f"{count:>9,} samples of {file}" for file, count in report.counts.items()]
+    lines = [f"{_samples(count)} of {file}" for file, count in report.counts.items()]
     lines += [
-        f"{count:>9,} samples with {images} {'image' if images == 1 else 'images'}"
+        f"{_samples(count)} with {images} {'image' if images == 1 else 'images'}"
         for images, count in sorted(report.images.items())
     ]
     for name, values in (
@@ -167,15 +167,19 @@ def describe(report: Report, max_tokens: int, max_positions: int) -> str:
                 f"{name}: {min(values):,} to {largest:,}, median {middle:,.0f}, sum {sum(values):,}"
             )
     for places, problem in (
-        (report.cut, f"are cut at {max_tokens:,} text tokens"),
-        (report.nothing_left, "have no answer left to learn after the cut"),
-        (report.too_long, f"take more than the model's {max_positions:,} positions"),
-        (report.spelled, "spell control tokens such as <|end|>, which are read as such"),
+        (report.cut, f"with text beyond {max_tokens:,} tokens, which is cut"),
+        (report.nothing_left, "without an answer to learn after the cut"),
+        (report.too_long, f"of more than the model's {max_positions:,} positions"),
+        (report.spelled, "that spell control tokens such as <|end|>, which are read as such"),
     ):
-        lines.append(f"{len(places):>9,} samples {problem}{_shown(places)}")
+        lines.append(f"{_samples(len(places))} {problem}{_shown(places)}")
     if report.example:
         lines.append(f"\nA sample, what is learned in [[ ]]: {report.example}")
     return "\n".join(lines)
+
+
+def _samples(count: int) -> str:
+    return f"{count:>9,} sample{'s' * (count != 1)}"
 
 
 def _shown(places: Sequence[Place], most: int = 20) -> str:

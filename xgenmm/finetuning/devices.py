@@ -21,6 +21,7 @@ class Devices:
         device: where this process computes.
         count, index: of the processes, and which of them this is.
         is_main: whether this process writes files.
+        sharded: whether the model is split over the devices.
     """
 
     def __init__(self, *, sharded: bool = False) -> None:
@@ -35,32 +36,28 @@ class Devices:
                 problem = f"leave {other} out of accelerate's configuration, and use --shard"
                 raise InputError("finetune", problem)
         try:
-            from accelerate import (
-                Accelerator,
-                DistributedDataParallelKwargs,
-                InitProcessGroupKwargs,
-            )
+            from accelerate import Accelerator, InitProcessGroupKwargs
         except ImportError as error:
             problem = "needs accelerate; run `pip install 'xgenmm[finetune]'`"
             raise InputError("finetune", problem) from error
-        # A step of text only leaves the resampler without a gradient.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         # One process checks the data, and writes the result, while the others wait.
         patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # or processes would not know of one another
-            kwargs_handlers=[unused, patience],
+            mixed_precision="no",  # see TrainedModel; not what an environment variable says
+            kwargs_handlers=[patience],
         )
         self.device: torch.device = self._accelerator.device
         self.count: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process
-        self._sharded = sharded and self.count > 1
+        self.sharded = sharded and self.count > 1
         self._wrapped: Any = None  # DDP, or the module
 
     def wrap(self, module: TrainedModel) -> Callable[[Batch], torch.Tensor]:
         """Return what computes the loss so that gradients are averaged over the devices."""
-        if self._sharded:
+        module.all_parts = self.count > 1
+        if self.sharded:
             shard(module, self.device, self.count)
             self._wrapped = module
         else:
@@ -72,7 +69,7 @@ class Devices:
 
         Those of shards are averaged at once: whole gradients take too much memory.
         """
-        if self._sharded or self.count == 1:
+        if self.sharded or self.count == 1:
             return nullcontext()
         return self._wrapped.no_sync()
 

@@ -60,7 +60,8 @@ class Progress:
     def _line(self, seconds: float, values: dict[str, str]) -> str:
         each = seconds / (self._done - self._initial)
         shown = [f"{key} {value}" for key, value in values.items()]
-        shown += [f"{each:.2g} s a {self._unit}", f"{_duration(each * self._left)} left"]
+        article = "an" if self._unit[0] in "aeiou" else "a"
+        shown += [f"{each:.2g} s {article} {self._unit}", f"{_duration(each * self._left)} left"]
         return f"{self._unit} {self._done} of {self._total}: {', '.join(shown)}"
 
     @property

@@ -20,8 +20,8 @@ class TrainedModel(nn.Module):
     There is no dropout, so training mode makes no difference.
 
     Attributes:
-        sharded: whether the model is split over devices. Then all of it takes part in every batch,
-            even without images: the devices gather each part together.
+        all_parts: whether the resampler takes part in every batch, even in one without images:
+            several devices gather parameters, or sum gradients, of each part together.
     """
 
     def __init__(self, model: XGenMM, special: SpecialIds, *, autocast: bool = False) -> None:
@@ -29,7 +29,7 @@ class TrainedModel(nn.Module):
         super().__init__()
         self.model = model
         self.special = special
-        self.sharded = False
+        self.all_parts = False
         self._autocast = autocast
 
     def forward(self, rows: Sequence[Row]) -> torch.Tensor:
@@ -42,7 +42,7 @@ class TrainedModel(nn.Module):
             return self._summed_loss(rows)
 
     def _summed_loss(self, rows: Sequence[Row]) -> torch.Tensor:
-        inputs = embed_rows(self.model, rows, self.special, always_resample=self.sharded)
+        inputs = embed_rows(self.model, rows, self.special, always_resample=self.all_parts)
         rows_and_length = inputs.targets.shape
         positions = torch.arange(rows_and_length[1], device=inputs.embeds.device)
         hidden = self.model.decoder(

@@ -100,7 +100,8 @@ def report_faults(report: Report) -> int:
     """Print every fault; return the exit status."""
     for fault in report.faults:
         print(f"FAULT {fault}")
-    print(f"{len(report.positions)} samples, {len(report.faults)} faults")
+    samples, faults = len(report.positions), len(report.faults)
+    print(f"{samples} sample{'s' * (samples != 1)}, {faults} fault{'s' * (faults != 1)}")
     return 1 if report.faults else 0
 
 

@@ -21,7 +21,6 @@ def shard(module: TrainedModel, device: torch.device, devices: int) -> None:
     for part in (vlm.vision_encoder, vlm.vision_tokenizer, *vlm.lang_model.model.layers):
         fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    module.sharded = True
 
 
 def gather(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:

@@ -152,8 +152,8 @@ class Stepper:
         return sharding.number(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_norm))
 
     def _drop_unused_gradients(self, batches: Sequence[Batch]) -> None:
-        """Give a sharded resampler none in a step without images, as one on a single device."""
-        if self.module.sharded:
+        """Leave the resampler without in a step without images, also where it took part in it."""
+        if self.module.all_parts:
             images = sum(has_images(batch, self.module.special) for batch in batches)
             if not self._sum_over_devices(images):
                 self.module.drop_resampler_gradients()

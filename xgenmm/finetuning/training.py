@@ -154,7 +154,7 @@ class Training:
         if main:
             self._output.truncate_log(first)
         numbers = [p for _, p in self._module.trained_parameters()]
-        split_over = f", split over {devices.count} devices" if self._module.sharded else ""
+        split_over = f", split over {devices.count} devices" if devices.sharded else ""
         logger.info(
             "training %d parameters%s, from step %d", count_parameters(numbers), split_over, first
         )
@@ -217,7 +217,7 @@ class Training:
                 rows = [self._reader.read(self._validation[number])]
                 total += self._module(rows).item()
                 labels += count_labels(rows, self._module.special)
-            elif self._module.sharded:  # the others wait for this device's shards
+            elif self._devices.sharded:  # the others wait for this device's shards
                 self._module([self._reader.read(self._validation[0])])
         total, count = self._devices.sum([total, labels])
         return total / count if count else math.nan
