@@ -194,7 +194,9 @@ def test_bfloat16_changes_the_losses_little(folder: Path, finished: Path) -> Non
     )
     assert exact != rounded
     assert rounded == pytest.approx(exact, abs=3e-3)
-    assert {t.dtype for t in load_file(output / WEIGHTS).values()} == {torch.float32}
+    state = output / f"state/step-{STEPS:08}/trained.safetensors"
+    assert {t.dtype for t in load_file(state).values()} == {torch.float32}
+    assert {t.dtype for t in load_file(output / WEIGHTS).values()} == {torch.bfloat16}
 
 
 def test_full_disk_loses_nothing(folder: Path, finished: Path) -> None:

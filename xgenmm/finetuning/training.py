@@ -223,9 +223,14 @@ class Training:
         return total / count if count else math.nan
 
     def _keep_weights(self) -> None:
-        """Keep the trained parameters as the best so far, in an adapter's files."""
+        """Keep the trained parameters as the best so far, in an adapter's files.
+
+        Matrix products round them to `precision`, so those of LoRA are kept in that.
+        """
         main, base = self._devices.is_main, self._checkpoint.folder.name
         tensors = gather(trained_tensors(self._module), keep=main)
+        if self._adapter is not None and self._settings.precision == "bf16":
+            tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
         if main:
             with complete_folder(self._output.best) as folder:
                 save_adapter(folder, tensors, self._adapter or {}, base)
