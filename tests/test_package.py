@@ -84,7 +84,8 @@ def test_wheel_has_the_library_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "xgenmm").rglob("*.py")}
-    assert names == sources | {"xgenmm/py.typed", "xgenmm/checkpoints/releases.json"}
+    data = {"py.typed", "checkpoints/releases.json", "evaluation/published.json"}
+    assert names == sources | {f"xgenmm/{name}" for name in data}
 
 
 def test_wheel_has_complete_metadata(wheel: Path) -> None:

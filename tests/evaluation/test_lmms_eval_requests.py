@@ -1,17 +1,20 @@
 """Requests of lmms-eval become the prompts of the authors' evaluation; no lmms-eval is needed."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests.support.clips import clip
 from xgenmm.config import TextConfig
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.errors import InputError
 from xgenmm.evaluation.few_shot import FewShot
 from xgenmm.evaluation.lmms_eval_requests import chat_request, sampling_params, user_message
 from xgenmm.preprocessing.prompts import Message
+from xgenmm.preprocessing.video import read_video
 
 CHAT = TextConfig()
 BASE = TextConfig("fast", "few_shot")
@@ -61,6 +64,16 @@ def test_earlier_turns_and_system_prompt_are_kept() -> None:
     assert request.messages == (Message("user", "<image> Color?"), Message("assistant", "red"))
     assert request.question == "<image> And here?"
     assert list(request.images) == [image("red"), image("blue")]
+
+
+def test_video_is_read_to_frames(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(clip())
+    part = {"type": "video", "url": str(path), "end_time": 1.0}
+    request = chat_request([{"role": "user", "content": [part]}], CHAT, GREEDY, num_frames=4)
+    expected = read_video(path, 4, end=1.0)
+    assert (request.question, len(request.video)) == ("", 4)
+    assert request.video == expected
 
 
 def test_other_media_are_refused() -> None:

@@ -116,9 +116,10 @@ def _read_image(source: Any) -> Image.Image:
 
 
 def _read_clip(part: Mapping[str, Any], num_frames: int | None) -> Video[Image.Image]:
-    return read_video(
-        part["url"], num_frames, start=part.get("start_time"), end=part.get("end_time")
-    )
+    source, start, end = part["url"], part.get("start_time"), part.get("end_time")
+    if not isinstance(source, str):
+        raise InputError("video", f"must be the path of a file, not {type(source).__name__}")
+    return read_video(source, num_frames, start=start, end=end)
 
 
 def sampling_params(
