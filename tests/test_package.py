@@ -97,7 +97,7 @@ def test_wheel_has_complete_metadata(wheel: Path) -> None:
     assert found["Author"]
     assert found.get_all("Project-URL")
     assert set(found.get_all("Provides-Extra", [])) == {
-        *("data", "dev", "finetune", "serve", "video", "vllm")
+        *("data", "dev", "eval", "finetune", "serve", "video", "vllm")
     }
     required = found.get_all("Requires-Dist", [])
     always = {requirement for requirement in required if "extra ==" not in requirement}
