@@ -155,6 +155,15 @@ def test_few_shot_examples_come_from_the_training_split(base: Path) -> None:
     assert {question: found[question] for question in part} == part
 
 
+def test_prompt_beyond_the_context_has_an_empty_answer(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = ChatModel(str(base), fewshot=150, **SETTINGS)
+    samples = evaluated(few, "demo_generate", limit=2, log_samples=True)["samples"]
+    assert [sample["filtered_resps"] for sample in samples["demo_generate"]] == [[""], [""]]
+    assert "demo_generate 1: no answer: question: with its images and earlier turns" in caplog.text
+
+
 def test_published_benchmarks_are_tasks_of_lmms_eval() -> None:
     index = TaskManager("ERROR").task_index
     for table in published_tables():

@@ -50,7 +50,7 @@ class EngineModel(lmms):
 
     Args:
         pretrained: a released name, `demo`, or a checkpoint folder.
-        device: by default a GPU, each process of `accelerate launch` its own.
+        device: by default a GPU, each process of `torchrun` its own.
         dtype, quantize, max_num_seqs: see `xgenmm.load`.
         system_prompt: of chat models; by default the one they were trained with.
         fewshot, fewshot_seed, fewshot_split, fewshot_target: see `FewShot`.
