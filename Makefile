@@ -20,7 +20,7 @@ predict: $(ENVIRONMENT) ## answer a question: make predict IMAGE=cat.jpg QUESTIO
 	@$(BIN)/python -m scripts.ask --image "$$IMAGE" --video "$$VIDEO" --question "$$QUESTION" --model "$$MODEL"
 
 test: $(TEST_ENVIRONMENT) ## run all tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-vllm: $(VLLM_ENVIRONMENT) ## test the vLLM plugin, in .venv-vllm
 	@.venv-vllm/bin/python -m pytest tests/vllm_plugin

@@ -95,7 +95,9 @@ def test_wheel_has_complete_metadata(wheel: Path) -> None:
     assert found["Requires-Python"] == ">=3.11"
     assert found["Author"]
     assert found.get_all("Project-URL")
-    assert set(found.get_all("Provides-Extra", [])) == {"data", "dev", "serve", "video", "vllm"}
+    assert set(found.get_all("Provides-Extra", [])) == {
+        *("data", "dev", "finetune", "serve", "video", "vllm")
+    }
     required = found.get_all("Requires-Dist", [])
     always = {requirement for requirement in required if "extra ==" not in requirement}
     assert len(always) == len(PROJECT["dependencies"])
