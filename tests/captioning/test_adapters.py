@@ -19,6 +19,7 @@ def adapter(checkpoint: Path) -> Path:
     return adapters.write(checkpoint.parent / "adapter", checkpoint)
 
 
+@pytest.mark.timeout(900)  # Ray takes minutes to start on a busy machine
 def test_rows_equal_those_of_the_merged_checkpoint(
     tmp_path: Path, checkpoint: Path, adapter: Path
 ) -> None:
