@@ -51,7 +51,7 @@ class EngineModel(lmms):
     Args:
         pretrained: a released name, `demo`, or a checkpoint folder.
         device: by default a GPU, each process of `torchrun` its own.
-        dtype, quantize, max_num_seqs: see `xgenmm.load`.
+        dtype, quantize, adapter, max_num_seqs: see `xgenmm.load`.
         system_prompt: of chat models; by default the one they were trained with.
         fewshot, fewshot_seed, fewshot_split, fewshot_target: see `FewShot`.
         num_frames: to take from a video.
@@ -64,6 +64,7 @@ class EngineModel(lmms):
         device: str | None = None,
         dtype: str | None = None,
         quantize: str | None = None,
+        adapter: str | None = None,
         max_num_seqs: int = MAX_NUM_SEQS,
         system_prompt: str | None = None,
         fewshot: int = 0,
@@ -83,6 +84,7 @@ class EngineModel(lmms):
             dtype,
             max_num_seqs=max_num_seqs,
             quantize=quantize,
+            adapter=adapter,
             max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         )
         self._system_prompt = system_prompt
