@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from scripts.make_env import uv_environment
 
@@ -26,15 +27,20 @@ TORCH_EXTENSIONS = r"torchaudio=|torchcodec=|torchvision="
 
 @dataclass(frozen=True)
 class Lock:
-    """One requirements file: its title, what to resolve, and which packages to leave out."""
+    """One requirements file.
+
+    Its title, what to resolve, which packages to leave out, for which versions of Python, and which
+    packages have the versions of `EVERYTHING`, where not all can.
+    """
 
     title: str
     source: tuple[str, ...]
     left_out: str = CUDA_LIBRARIES
     pythons: tuple[str, ...] = PYTHONS
+    as_everything: str = ""
 
 
-# The first file contains the next two and decides their versions.
+# The first file decides the versions of those that it contains.
 LOCKS = {
     EVERYTHING: Lock(
         "The library, Cog's server, tests, linters, benchmarks and training.",
@@ -53,6 +59,11 @@ LOCKS = {
         "The library, fine-tuning and Cog's server, for Cog's image that trains.",
         ("pyproject.toml", "--extra=serve", "--extra=finetune", "-c", EVERYTHING),
     ),
+    "requirements-eval.txt": Lock(
+        "The library and lmms-eval, for `make test-eval`.",
+        ("pyproject.toml", "--extra=eval", "--group=test-eval"),
+        as_everything=r"torch=|torchvision=|transformers=|tokenizers=|numpy=|pillow=",
+    ),
     "requirements-vllm.txt": Lock(
         "vLLM without a GPU, for `make test-vllm`. Install with --no-deps.",
         ("--group=pyproject.toml:test-vllm",),
@@ -65,7 +76,11 @@ LOCKS = {
 def main(options: list[str]) -> int:
     """Write the files, with further `options` of `uv pip compile`; return the exit status."""
     for name, lock in LOCKS.items():
-        pins = _compile(lock.pythons[0], *lock.source, "--output-file", name, *options)
+        with NamedTemporaryFile("w", suffix=".txt") as constraints:
+            constraints.write(_pins(lock.as_everything))
+            constraints.flush()
+            arguments = [*lock.source, "-c", constraints.name, "--output-file", name, *options]
+            pins = _compile(lock.pythons[0], *arguments)
         for python in lock.pythons[1:]:
             if _compile(python, name) != pins:
                 print(f"{name}: Python {python} needs other packages than {lock.pythons[0]}")
@@ -74,6 +89,12 @@ def main(options: list[str]) -> int:
         head = f"# {lock.title}\n# Generated from pyproject.toml by `make lock`; do not edit.\n"
         Path(name).write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     return 0
+
+
+def _pins(pattern: str) -> str:
+    """Return the pins of `EVERYTHING` for the packages that match."""
+    lines = Path(EVERYTHING).read_text(encoding="utf-8").splitlines() if pattern else []
+    return "".join(f"{line}\n" for line in lines if re.match(pattern, line))
 
 
 def _compile(python: str, *arguments: str) -> str:

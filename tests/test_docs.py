@@ -20,7 +20,8 @@ def test_links_point_to_existing_files(page: Path) -> None:
 def test_named_files_exist(page: Path) -> None:
     names = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|json|yaml|toml))`", page.read_text())
     roots = (ROOT, ROOT / "xgenmm", ROOT / "weights", page.parent)
-    generated = {"manifest.json", "releases.lock.json", "_settings.json"}
+    generated = {"manifest.json", "releases.lock.json", "_settings.json", "settings.json"}
+    generated |= {"adapter_config.json"}
     checkpoint_files = {path.name for path in DEMO.iterdir()}
     missing = [
         name

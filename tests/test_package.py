@@ -84,7 +84,8 @@ def test_wheel_has_the_library_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "xgenmm").rglob("*.py")}
-    assert names == sources | {"xgenmm/py.typed", "xgenmm/checkpoints/releases.json"}
+    data = {"py.typed", "checkpoints/releases.json", "evaluation/published.json"}
+    assert names == sources | {f"xgenmm/{name}" for name in data}
 
 
 def test_wheel_has_complete_metadata(wheel: Path) -> None:
@@ -95,7 +96,9 @@ def test_wheel_has_complete_metadata(wheel: Path) -> None:
     assert found["Requires-Python"] == ">=3.11"
     assert found["Author"]
     assert found.get_all("Project-URL")
-    assert set(found.get_all("Provides-Extra", [])) == {"data", "dev", "serve", "video", "vllm"}
+    assert set(found.get_all("Provides-Extra", [])) == {
+        *("data", "dev", "eval", "finetune", "serve", "video", "vllm")
+    }
     required = found.get_all("Requires-Dist", [])
     always = {requirement for requirement in required if "extra ==" not in requirement}
     assert len(always) == len(PROJECT["dependencies"])

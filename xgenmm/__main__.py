@@ -52,6 +52,9 @@ COMMANDS = {
     "parity": Command(
         "compare this implementation with golden data of the original", "xgenmm.evaluation.parity"
     ),
+    "scores": Command(
+        "compare results of lmms-eval with the published ones", "xgenmm.evaluation.scores"
+    ),
 }
 
 

@@ -4,6 +4,7 @@
     python -m scripts.demo_model evaluate   # the table of weights/demo/README.md
     python -m scripts.demo_model curves     # the plot of losses and accuracies
     python -m scripts.demo_model examples   # the example images and questions
+    python -m scripts.demo_model lmms-eval  # the evaluation set as tasks of lmms-eval
 
 The world is in `scene`, `sampling`, `drawing`, `questions` and `pairs`, and knows nothing of models
 and tokens. The recipe of the training is in `stages`.
@@ -17,10 +18,12 @@ from scripts.demo_model.checkpoint import DEMO
 from scripts.demo_model.curves import plot_curves
 from scripts.demo_model.evaluate import evaluate
 from scripts.demo_model.examples import write_examples
+from scripts.demo_model.lmms_eval_tasks import write_tasks
 from scripts.demo_model.stages import STAGES
 from scripts.demo_model.train import train
 
 STATE = DEMO.parents[1] / "build" / "train-demo"
+TASKS = DEMO.parents[1] / "build" / "lmms-eval"
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=("train", "evaluate", "curves", "examples"))
+    parser.add_argument("command", choices=("train", "evaluate", "curves", "examples", "lmms-eval"))
     parser.add_argument(
         "--folder", type=Path, default=DEMO, help="checkpoint folder (default: weights/demo)"
     )
@@ -40,6 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--scenes", type=int, default=500, help="scenes to evaluate on (default: 500)"
     )
+    parser.add_argument(
+        "--tasks", type=Path, default=TASKS, help="folder of lmms-eval's tasks (build/lmms-eval)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.command == "train":
@@ -48,6 +54,8 @@ def main() -> None:
         evaluate(arguments.folder, arguments.scenes)
     elif arguments.command == "curves":
         plot_curves(arguments.folder, arguments.state)
+    elif arguments.command == "lmms-eval":
+        write_tasks(arguments.folder, arguments.tasks, arguments.scenes)
     else:
         write_examples(arguments.folder)
 

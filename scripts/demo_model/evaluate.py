@@ -28,7 +28,20 @@ GOALS: Mapping[str, float] = {
 
 
 def evaluate(folder: Path, scenes: int) -> None:
-    """Print a table of exact match by kind, ignoring case."""
+    """Print a table of exact match by kind."""
+    right = measure(folder, scenes)
+    print("| question | asked | right | goal |\n|---|---|---|---|")
+    for kind in QUESTION_KINDS:
+        share = sum(right[kind]) / len(right[kind])
+        goal = f"{GOALS[kind]:.0%}" if kind in GOALS else ""
+        print(f"| {kind} | {len(right[kind])} | {share:.1%} | {goal} |")
+
+
+def measure(folder: Path, scenes: int) -> dict[str, list[bool]]:
+    """Ask the evaluation set of this many scenes; which answers are right, by kind.
+
+    An answer is right if it is the expected one, ignoring case.
+    """
     engine = xgenmm.load(folder)
     right: dict[str, list[bool]] = defaultdict(list)
     groups = evaluation_groups(scenes)
@@ -37,11 +50,7 @@ def evaluate(folder: Path, scenes: int) -> None:
             right[case.kind].append(answer.lower() == case.answer.lower())
         if number % 100 == 0:
             logger.info("%d of %d images and pairs", number, len(groups))
-    print("| question | asked | right | goal |\n|---|---|---|---|")
-    for kind in QUESTION_KINDS:
-        share = sum(right[kind]) / len(right[kind])
-        goal = f"{GOALS[kind]:.0%}" if kind in GOALS else ""
-        print(f"| {kind} | {len(right[kind])} | {share:.1%} | {goal} |")
+    return dict(right)
 
 
 def _answers(engine: xgenmm.Engine, cases: Sequence[Case]) -> Iterator[str]:

@@ -373,7 +373,7 @@ def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
     prompt = engine.prompt(request)
     tiles = [tile_image(image(), engine.config.tiling, engine.config.vision.image_size)]
     embeds = engine.model.merge_multimodal_embeddings(prompt, engine.model.encode(tiles))
-    scores = []
+    scores, is_greedy = [], []
     for choice in choices:
         ids = choice_token_ids(engine.tokenizer, engine.config.text, choice)
         whole = torch.cat([embeds, engine.model.embed_ids(ids)])[None]
@@ -382,11 +382,15 @@ def test_choices_are_scored_by_their_likelihood(engine: Engine) -> None:
         hidden = engine.model.decoder(whole, torch.arange(length)[None], attend)
         logits = engine.model.logits(hidden)[0, len(embeds) - 1 : -1].log_softmax(-1)
         scores.append(logits.gather(1, torch.tensor(ids)[:, None]).sum())
+        is_greedy.append(logits.argmax(-1).tolist() == ids)
     expected = torch.stack(scores).softmax(0)
     assert answer.usage.choices is not None
     assert list(answer.usage.choices) == list(choices)
     assert list(answer.usage.choices.values()) == pytest.approx(expected.tolist(), abs=1e-5)
     assert said == choices[int(expected.argmax())]
+    log_probabilities = [score.log_probability for score in answer.choice_scores.values()]
+    assert log_probabilities == pytest.approx(torch.stack(scores).tolist(), abs=1e-4)
+    assert [score.is_greedy for score in answer.choice_scores.values()] == is_greedy
     assert answer.usage.stop_reason == "end"
 
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 
 from tests.support.engine_requests import RecordingSink, engine_request
 from xgenmm.engine.block_manager import BlockManager
 from xgenmm.engine.lru_cache import LRUCache
 from xgenmm.engine.metrics import Metrics
 from xgenmm.engine.output import OutputProcessor
+from xgenmm.engine.request import ChoiceScore
 from xgenmm.engine.scheduler import Scheduler, SchedulerConfig
 from xgenmm.errors import EngineError, InputError
 
@@ -104,7 +104,7 @@ def test_answer_of_a_beam_search_is_passed_on(
 
 def test_most_likely_choice_is_the_answer() -> None:
     case = Fixture(choices=[[1, 2], [3, 4, 5]])
-    case.output.finish_choice(case.request, torch.tensor([-2.0, -1.0]))
+    case.output.finish_choice(case.request, [ChoiceScore(-2.0, True), ChoiceScore(-1.0, False)])
     assert case.sink.token_ids == [1]
     assert case.sink.ends == [("end", None)]
     assert case.request.usage.output_tokens == 3

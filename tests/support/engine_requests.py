@@ -7,7 +7,7 @@ import numpy as np
 
 from xgenmm.config import ResamplerConfig
 from xgenmm.engine.prompt_hashes import PromptHashes
-from xgenmm.engine.request import EngineRequest, StopReason
+from xgenmm.engine.request import ChoiceScore, EngineRequest, StopReason
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.preprocessing.prompts import Prompt
 from xgenmm.preprocessing.tiling import TiledImage
@@ -32,7 +32,7 @@ class RecordingSink:
         self.token_ids.append(token_id)
         return "end" if token_id == self.end_id else None
 
-    def chosen(self, index: int, probabilities: Sequence[float]) -> None:
+    def chosen(self, index: int, scores: Sequence[ChoiceScore]) -> None:
         """Record an index as if it were a token."""
         self.token_ids.append(index)
 

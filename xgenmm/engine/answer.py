@@ -1,13 +1,14 @@
 """The text of one answer as a stream, for the caller of `Engine.stream`."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from xgenmm.engine.request import StopReason, Usage
+from xgenmm.engine.request import ChoiceScore, StopReason, Usage
 from xgenmm.engine.stop_strings import StopStringChecker
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
@@ -15,7 +16,8 @@ from xgenmm.preprocessing.tokenizer import Tokenizer
 class Answer:
     """An answer that is being generated: iterate over its text once, with `for` or `async for`.
 
-    If the request fails, the iteration raises the error. `usage` is complete when it ends.
+    If the request fails, the iteration raises the error. `usage` is complete when it ends, and so
+    is `choice_scores`: the score of each choice, if the request had choices.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class Answer:
         choices: Sequence[str],
     ) -> None:
         self.usage = Usage()
+        self.choice_scores: dict[str, ChoiceScore] = {}
         self._detokenizer = tokenizer.detokenizer()
         self._stop_checker = StopStringChecker(stops)
         self._end_ids = end_ids
@@ -111,9 +114,13 @@ class Answer:
             self._put(self._stop_checker.push(self._detokenizer.push(token_id)))
         return "stop" if self._stop_checker.stopped else None
 
-    def chosen(self, index: int, probabilities: Sequence[float]) -> None:
+    def chosen(self, index: int, scores: Sequence[ChoiceScore]) -> None:
         """Pass on a choice as the whole answer."""
-        self.usage.choices = dict(zip(self._choices, probabilities, strict=True))
+        self.choice_scores = dict(zip(self._choices, scores, strict=True))
+        best = scores[index].log_probability
+        weights = [math.exp(score.log_probability - best) for score in scores]
+        shares = [weight / sum(weights) for weight in weights]
+        self.usage.choices = dict(zip(self._choices, shares, strict=True))
         self._put(self._choices[index])
 
     def end(self, reason: StopReason, error: Exception | None) -> None:

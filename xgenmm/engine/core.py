@@ -17,7 +17,7 @@ import torch
 
 from xgenmm.engine.beam_search import BeamSearch
 from xgenmm.engine.block_manager import BlockManager
-from xgenmm.engine.choices import add_choice_scores, first_choice_scores
+from xgenmm.engine.choices import add_choice_scores, finished_scores, first_choice_scores
 from xgenmm.engine.lru_cache import LRUCache
 from xgenmm.engine.metrics import Metrics
 from xgenmm.engine.model_runner import ModelRunner, StepOutput
@@ -224,7 +224,7 @@ class EngineCore:
         request = chunk.request
         add_choice_scores(request.choice_scores, request.choices, chunk.start, chunk.stop, logits)
         if chunk.stop == len(request.choices):
-            self.output.finish_choice(request, torch.stack(request.choice_scores))
+            self.output.finish_choice(request, finished_scores(request.choice_scores))
 
     def _advance_beams(self, request: EngineRequest, log_probs: torch.Tensor) -> None:
         """Advance a request's search by one step and prepare its rows for the next."""

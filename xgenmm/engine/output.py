@@ -4,11 +4,9 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from xgenmm.engine.metrics import Metrics
 from xgenmm.engine.model_runner import ModelRunner
-from xgenmm.engine.request import EngineRequest, StopReason
+from xgenmm.engine.request import ChoiceScore, EngineRequest, StopReason
 from xgenmm.engine.scheduler import Scheduler
 from xgenmm.errors import EngineError, InputError
 
@@ -61,12 +59,12 @@ class OutputProcessor:
                 break
         self.finish(request, reason or "length")
 
-    def finish_choice(self, request: EngineRequest, scores: torch.Tensor) -> None:
-        """Choose from log-probabilities [choices] and finish the request."""
-        best = int(scores.argmax())
+    def finish_choice(self, request: EngineRequest, scores: Sequence[ChoiceScore]) -> None:
+        """Answer with the most likely choice and finish the request."""
+        best = scores.index(max(scores))
         request.usage.output_tokens = len(request.choices[best])
         request.usage.time_to_first_token = time.monotonic() - request.started
-        request.sink.chosen(best, scores.softmax(0).tolist())
+        request.sink.chosen(best, scores)
         self.finish(request, "end")
 
     def fail(self, requests: Sequence[EngineRequest], error: Exception) -> None:

@@ -6,7 +6,7 @@ Imports no torch, so that the scheduler can be used and tested without it.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from xgenmm.engine.beam_search import BeamSearch
+    from xgenmm.engine.choices import PartialScore
     from xgenmm.engine.structured_output import Grammar
 
 StopReason = Literal["end", "stop", "length", "cancelled", "timeout", "failed"]
@@ -98,6 +99,17 @@ class Usage:
     frame_times: list[float] | None = None
 
 
+class ChoiceScore(NamedTuple):
+    """How likely the model is to write a choice.
+
+    log_probability: of all of its tokens after the prompt, its end token included.
+    is_greedy: whether each of its tokens is the most likely one.
+    """
+
+    log_probability: float
+    is_greedy: bool
+
+
 class OutputSink(Protocol):
     """Receives the output of one request.
 
@@ -111,8 +123,8 @@ class OutputSink(Protocol):
     def token(self, token_id: int) -> StopReason | None:
         """Take the next token. Returns the stop reason if it completes the answer."""
 
-    def chosen(self, index: int, probabilities: Sequence[float]) -> None:
-        """Take the index of the most likely choice, and the probability of each choice."""
+    def chosen(self, index: int, scores: Sequence[ChoiceScore]) -> None:
+        """Take the index of the most likely choice, and the score of each choice."""
 
     def end(self, reason: StopReason, error: Exception | None) -> None:
         """The request has finished; nothing more follows."""
@@ -135,8 +147,8 @@ class EngineRequest:
     image_features: of the images or frames that the prompt needs, by index. clip_tokens: the vision
         tokens of the clip, if they were found in the cache.
     embeds: of the tokens to prefill, [tokens, width].
-    choice_scores: for each choice, the log-probability of its tokens so far, float32 []. The
-        choices before `next_choice` are scored or being scored.
+    choice_scores: for each choice, the score of its tokens so far. The choices before `next_choice`
+        are scored or being scored.
     """
 
     prompt: Prompt
@@ -170,7 +182,7 @@ class EngineRequest:
     clip_tokens: "torch.Tensor | None" = field(default=None, init=False)
     embeds: "torch.Tensor | None" = field(default=None, init=False)
     beam_search: "BeamSearch | None" = field(default=None, init=False)
-    choice_scores: "list[torch.Tensor]" = field(default_factory=list, init=False)
+    choice_scores: "list[PartialScore]" = field(default_factory=list, init=False)
     next_choice: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from xgenmm.engine.core import EngineCore
 from xgenmm.engine.engine_thread import EngineThread
 from xgenmm.engine.prompt_hashes import PromptHashes
 from xgenmm.engine.reference import generate
-from xgenmm.engine.request import EngineRequest, StopReason
+from xgenmm.engine.request import ChoiceScore, EngineRequest, StopReason
 from xgenmm.engine.sampling_params import SamplingParams
 from xgenmm.engine.scheduler import SchedulerConfig
 from xgenmm.evaluation.golden import (
@@ -51,7 +51,7 @@ class CollectingSink:
         self.ids.append(token_id)
         return None
 
-    def chosen(self, index: int, probabilities: Sequence[float]) -> None:
+    def chosen(self, index: int, scores: Sequence[ChoiceScore]) -> None:
         """Collect the index of the choice as if it were a token id."""
         self.ids.append(index)
 

@@ -198,7 +198,7 @@ class Training:
         loss = self._validation_loss() if self._validation else None
         if loss is not None:
             self._log({"step": step, "validation_loss": loss}, writer)
-            if best is None or loss < best:
+            if not math.isnan(loss) and (best is None or loss < best):
                 best = loss
                 self._keep_weights()
         main = self._devices.is_main
@@ -227,7 +227,7 @@ class Training:
 
         Matrix products round them to `precision`, so those of LoRA are kept in that.
         """
-        main, base = self._devices.is_main, self._checkpoint.folder.name
+        main, base = self._devices.is_main, self._checkpoint.folder
         tensors = gather(trained_tensors(self._module), keep=main)
         if self._adapter is not None and self._settings.precision == "bf16":
             tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
