@@ -1,8 +1,10 @@
 """The optimizer step: what the default does where the authors' loop is at fault."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from xgenmm.finetuning.batch import IGNORED, Row, SpecialIds
 from xgenmm.finetuning.module import TrainedModel, checkpoint_gradients, freeze_vision
 from xgenmm.finetuning.step import Stepper, StepSettings
 from xgenmm.models.xgenmm import XGenMM
+from xgenmm.preprocessing.tiling import TiledImage
 
 SETTINGS = StepSettings(learning_rate=1e-2, warmup_steps=0, total_steps=10, schedule="constant")
 LONG = Row(tuple(range(20, 40)), tuple(range(20, 40)))
@@ -80,3 +83,18 @@ def test_missing_image_is_an_error(folder: Path) -> None:
     row = Row((5, module.special.image, 7), (5, IGNORED, 7))
     with pytest.raises(ValueError, match="1 <image>, but 0 images"):
         module([row])
+
+
+def test_resampler_that_always_takes_part_is_trained_as_one_that_does_not(folder: Path) -> None:
+    settings = replace(SETTINGS, weight_decay=0.1)
+    image = TiledImage(np.full((1, 28, 28, 3), 200, np.uint8), 0, 0, (28, 28))
+    results = []
+    for all_parts in (False, True):
+        module = trained(folder)
+        module.all_parts = all_parts
+        row = Row((5, module.special.image, 7), (5, IGNORED, 7), (image,))
+        stepper = Stepper(module, settings)
+        for batches in ([[row], [LONG]], [[LONG]], [[LONG], [row]]):  # the second has no image
+            stepper.step(batches)
+        results.append(weights(module))
+    assert torch.equal(*results)
