@@ -1,6 +1,6 @@
 """Reading files that may not be what they should be, and writing files that are never half-written.
 
-Shared by checkpoints, the tokenizer and datasets.
+Shared by checkpoints, adapters, the tokenizer and datasets.
 """
 
 import fcntl
@@ -8,6 +8,7 @@ import io
 import json
 import os
 import stat
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from xgenmm.errors import explain
 T = TypeVar("T")
 
 MAX_BYTES = 16 << 20  # of a file that is read whole; the released tokenizer.json has 1.8 MB
+
+MAX_TAR_HEADER_BYTES = 2**16
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS = {
@@ -96,6 +99,42 @@ def read_json(path: Path, kind: type[T]) -> T:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises as `read_json` does."""
     return read_json(path, dict[str, Any])
+
+
+class TarReader(io.BufferedReader):
+    """An uncompressed tar, which may be damaged or hostile; made from a `FileIO`.
+
+    It refuses the huge and negative reads that a hostile header makes `tarfile` ask for. Nothing is
+    extracted; the content of a plain member is a range of bytes.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read a header, for `tarfile`."""
+        if size is None or not 0 <= size <= MAX_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+    def read_range(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` on; fewer at the end of the file."""
+        self.seek(offset)
+        return super().read(size)
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """Yield all members but folders. Raises many kinds of errors for damaged headers."""
+        with tarfile.open(fileobj=self, mode="r:", errors="surrogateescape") as tar:
+            for member in tar:
+                if member.size < 0:  # tarfile would read it again for ever
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
+                if not member.isdir():
+                    yield member
+            # tarfile takes a damaged header for the end, unless it is the first.
+            if self.read_range(tar.offset, tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+
+
+def is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether the content of a tar's member is a range of its bytes: no link, no sparse file."""
+    return member.isreg() and not member.issparse()
 
 
 def write_json(path: Path, content: object) -> None:

@@ -42,10 +42,12 @@ Item = TypeVar("Item")
 class CaptionTask:
     """How to answer each record, the engine to use (see `xgenmm.load`), and limits of downloads.
 
+    adapter: folder or tar of an adapter for the model.
     frames: to take from each video.
     """
 
     model: str
+    adapter: str | None = None
     device: str | None = None
     dtype: str | None = None
     quantize: str | None = None
@@ -62,6 +64,7 @@ class CaptionTask:
             self.dtype,
             max_num_seqs=MAX_NUM_SEQS,
             quantize=self.quantize,
+            adapter=self.adapter,
             max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         )
 

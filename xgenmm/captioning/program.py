@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--image-column", default="image", help="a table's column of paths or URLs; default: image")
     add("--model", default=model, help=f"name or folder of a checkpoint; default: {model}")
+    add(
+        "--adapter",
+        default=os.environ.get("XGENMM_ADAPTER"),
+        help="folder or tar from fine-tuning the model; default: $XGENMM_ADAPTER, or none",
+    )
     add("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     add(
@@ -180,6 +185,7 @@ def _caption(options: argparse.Namespace) -> None:
     sampling = SamplingParams(**{f.name: getattr(options, f.name) for f in fields(SamplingParams)})
     task = CaptionTask(
         options.model,
+        options.adapter or None,
         options.device,
         options.dtype,
         options.quantize,
@@ -215,6 +221,7 @@ def _settings(
         "image_column": options.image_column,
         "questions": templates,
         "model": task.model,
+        "adapter": _adapter_digest(task),
         "dtype": task.dtype,
         "quantize": task.quantize,
         "system_prompt": task.system_prompt,
@@ -223,6 +230,19 @@ def _settings(
         "end": task.frames.end,
         **asdict(task.sampling),
     }
+
+
+def _adapter_digest(task: CaptionTask) -> str | None:
+    """Return what identifies the adapter, after it was checked; training may replace its folder.
+
+    Raises CheckpointError if it is not one for the model.
+    """
+    if task.adapter is None:
+        return None
+    # Needs PyTorch, which takes seconds to import; a run on Ray does without it here.
+    from xgenmm.checkpoints.adapter import read_adapter
+
+    return read_adapter(task.adapter, resolve(task.model)).digest()
 
 
 def _caption_records(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ def caption_with_ray(
     Args:
         records: kept in Ray's memory all at once; their images and videos are not.
         address: of a running cluster (see `ray.init`), whose machines have this package, the
-            checkpoint and INPUT at the same paths; `local` starts a cluster on this machine.
+            checkpoint, its adapter and INPUT at the same paths; `local` starts a cluster on this
+            machine.
         num_actors: number of engines; by default one per GPU, or one per CPU core without GPUs.
 
     Raises InputError if the cluster cannot be reached or is too small.
@@ -66,6 +68,7 @@ def caption_with_ray(
         task = replace(
             task,
             model=str(resolve(task.model).absolute()),
+            adapter=task.adapter and str(Path(task.adapter).expanduser().absolute()),
             device="cuda" if use_gpu else "cpu",  # an actor sees only the GPU that it reserved
         )
         results = _build_pipeline(ray, task, records, num_actors, use_gpu=use_gpu)

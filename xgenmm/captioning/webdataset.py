@@ -11,8 +11,8 @@ from xgenmm.captioning.media import IMAGE_SUFFIXES
 from xgenmm.captioning.records import Record, UniqueIds, escape_surrogates
 from xgenmm.captioning.templates import Columns
 from xgenmm.captioning.untrusted import check_regular, parse_json_object, shorten
+from xgenmm.files import TarReader, is_plain
 
-MAX_HEADER_BYTES = 2**16
 MAX_TEXT_BYTES = 2**24
 
 
@@ -31,11 +31,8 @@ def read_tars(
         ids = UniqueIds()
         try:
             check_regular(path)
-            with (
-                _TarFile(io.FileIO(path)) as file,
-                tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar,
-            ):
-                for key, members in _samples(tar, file):
+            with TarReader(io.FileIO(path)) as file:
+                for key, members in _samples(file):
                     record, columns = _read_sample(path, file, members, column, videos)
                     id_ = ids.add(escape_surrogates(f"{name}/{key}"))
                     yield replace(record, id=id_), {"key": key, **columns}
@@ -46,27 +43,14 @@ def read_tars(
             yield Record(ids.add(escape_surrogates(f"{name}/")), "", "", error=message), {}
 
 
-class _TarFile(io.BufferedReader):
-    """Refuses the huge and negative reads that a hostile header makes `tarfile` ask for."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
-
-    def read_range(self, offset: int, size: int) -> bytes:
-        self.seek(offset)
-        return super().read(size)
-
-
-def _samples(tar: tarfile.TarFile, file: _TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+def _samples(file: TarReader) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
     """Yield the key and the members of each sample: neighbors of one key, no two of one name.
 
     The members before a damaged header are yielded before its error is raised.
     """
     key, members, extensions = "", list[tarfile.TarInfo](), set[str]()
     try:
-        for member in _members(tar, file):
+        for member in file.members():
             member_key, extension = _split(member.name)
             if members and (member_key != key or extension in extensions):
                 yield key, members
@@ -82,18 +66,6 @@ def _samples(tar: tarfile.TarFile, file: _TarFile) -> Iterator[tuple[str, list[t
         yield key, members
 
 
-def _members(tar: tarfile.TarFile, file: _TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield all members but folders. Raises many kinds of errors for damaged headers."""
-    for member in tar:
-        if member.size < 0:  # tarfile would read it again for ever
-            raise tarfile.ReadError(f"a member of {member.size} bytes")
-        if not member.isdir():
-            yield member
-    # tarfile takes a damaged header for the end, unless it is the first.
-    if file.read_range(tar.offset, tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError(f"no header at byte {tar.offset}")
-
-
 def _split(name: str) -> tuple[str, str]:
     """Split a member's path into key and extension, at the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
@@ -102,7 +74,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _read_sample(
-    path: Path, file: _TarFile, members: Sequence[tarfile.TarInfo], column: str, videos: Set[str]
+    path: Path, file: TarReader, members: Sequence[tarfile.TarInfo], column: str, videos: Set[str]
 ) -> tuple[Record, Columns]:
     """Return the record, still without an id, and the columns of one sample."""
     columns: dict[str, Any] = {}
@@ -125,7 +97,7 @@ def _read_sample(
         wanted = "image or video" if videos else "image"
         return _invalid(f"image: the sample of {_name(members[0])} has no {wanted}"), columns
     columns[column] = image.name
-    if not _is_plain(image):
+    if not is_plain(image):
         return _invalid(f"image: {_name(image)} is a link, sparse or not a file"), columns
     name = escape_surrogates(image.name)
     return Record("", name, str(path), image.offset_data, image.size), columns
@@ -139,11 +111,6 @@ def _name(member: tarfile.TarInfo) -> str:
     return shorten(escape_surrogates(member.name))
 
 
-def _is_plain(member: tarfile.TarInfo) -> bool:
-    """Whether the content of a member is a byte range of the tar."""
-    return member.isreg() and not member.issparse()
-
-
 def _parse_columns(extension: str, content: bytes) -> Columns:
     """Return the columns in a sample's .txt or .json. Raises ValueError, see `_read_member`."""
     if extension == "json":
@@ -154,9 +121,9 @@ def _parse_columns(extension: str, content: bytes) -> Columns:
         raise ValueError(f"not valid UTF-8 ({error})") from error
 
 
-def _read_member(file: _TarFile, member: tarfile.TarInfo) -> bytes:
+def _read_member(file: TarReader, member: tarfile.TarInfo) -> bytes:
     """Return a member's content. Raises ValueError; its message continues "NAME is ..."."""
-    if not _is_plain(member):
+    if not is_plain(member):
         raise ValueError("a link, sparse or not a file")
     if member.size > MAX_TEXT_BYTES:
         raise ValueError(f"longer than the {MAX_TEXT_BYTES} bytes allowed")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import AfterValidator, BaseModel, Field
@@ -26,6 +26,9 @@ from xgenmm.checkpoints.manifest import format_size
 from xgenmm.errors import CheckpointError, listed, printable
 from xgenmm.files import open_file, read_json
 from xgenmm.models import quantization
+
+if TYPE_CHECKING:
+    from xgenmm.checkpoints.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in parameter_files(folder):
-        for tensor in _read_header(path):
+        for tensor in read_header(path):
             if tensor.name in tensors:
                 other = tensors[tensor.name].path.name
                 raise CheckpointError(
@@ -166,6 +169,7 @@ def load_parameters(
     device: torch.device | str,
     dtype: torch.dtype,
     quantize: str | None = None,
+    adapter: "Adapter | None" = None,
 ) -> None:
     """Replace a model's parameters and persistent buffers by those of a checkpoint folder.
 
@@ -173,6 +177,7 @@ def load_parameters(
     point tensors are cast to `dtype` while they are read and moved straight to `device`; peak host
     memory is the result, if it stays on the host, plus about READERS * BUFFER_BYTES. `quantize`, a
     key of `quantization.QUANTIZATIONS`, quantizes the decoder's linear layers while they are read.
+    `adapter`, which must be the folder's, is merged first, in float32.
 
     Raises CheckpointError that lists missing, unexpected, mis-shaped and mis-typed tensors, names
     the truncated or corrupt file, or says that there is too little memory; the model is then
@@ -189,11 +194,14 @@ def load_parameters(
         buffers.put(new_buffer(pinned=device.type == "cuda"))
 
     def read(tensor: StoredTensor) -> dict[str, torch.Tensor]:
-        buffer = buffers.get()
+        buffer, wanted_dtype = buffers.get(), _target_dtype(tensor, dtype)
+        merged = adapter is not None and tensor.name in adapter.names
         try:
-            values = read_tensor(tensor, buffer, _target_dtype(tensor, dtype), device)
+            values = read_tensor(tensor, buffer, torch.float32 if merged else wanted_dtype, device)
         finally:
             buffers.put(buffer)
+        if adapter is not None and merged:
+            values = adapter.merge(tensor.name, values).to(wanted_dtype)
         return quantization.quantized_state(tensor.name, values, quantize)
 
     state: dict[str, torch.Tensor] = {}
@@ -244,7 +252,7 @@ def _file_errors() -> Iterator[None]:
         raise CheckpointError(f"parameters: {error}") from error
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
+def read_header(path: Path) -> list[StoredTensor]:
     """Return a safetensors file's tensors in the order of their offsets.
 
     The library checks that they fill the file without gaps, so sizes give the offsets.

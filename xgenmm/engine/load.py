@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 
+from xgenmm.checkpoints.adapter import Adapter, read_adapter
 from xgenmm.checkpoints.checks import check_sizes, read_tokenizer
 from xgenmm.checkpoints.loading import load_parameters
 from xgenmm.checkpoints.registry import read_config, resolve
@@ -38,6 +39,7 @@ def load(
     cache_bytes: int | None = None,
     quantize: str | None = None,
     *,
+    adapter: str | os.PathLike[str] | None = None,
     prefix_caching: bool = True,
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     max_num_batched_tokens: int = 512,
@@ -55,6 +57,8 @@ def load(
             `gpu_memory_utilization` leaves on a GPU, and a quarter of the free memory, at most
             4 GB, on a CPU.
         quantize: `int8` or `fp8` for the decoder's linear layers; by default neither.
+        adapter: folder or tar of an adapter that was trained on this checkpoint, by `xgenmm
+            finetune` or peft; merged into the weights, before they are quantized.
         prefix_caching: whether images and prompt prefixes of earlier requests are reused.
         gpu_memory_utilization: share of the GPU's memory for weights, workspace and caches.
         max_num_batched_tokens: tokens of a step, while answers are generated. Few keep streams
@@ -64,7 +68,8 @@ def load(
         schema_limits: what the JSON schema of a request may take.
 
     Raises:
-        CheckpointError: the checkpoint is missing or broken; the message says how to get it.
+        CheckpointError: the checkpoint is missing or broken; the message says how to get it. Or the
+            adapter is broken, or of another checkpoint.
         InputError: the device, dtype or quantization is not available, or a number is out of
             range.
         EngineError: the device computes something wrong, or `kernels` are wanted and cannot serve.
@@ -90,8 +95,9 @@ def load(
         logger.warning("%s is a demonstration, not a released model", folder.name)
     tokenizer = read_tokenizer(folder, config)
     check_sizes(config, folder)
+    trained = None if adapter is None else read_adapter(adapter, folder)
     compiled_rows = 0 if target.type == "cpu" or decode == "plain" else max_num_seqs
-    model = _load_model(config, folder, target, weights_dtype, quantize, compiled_rows)
+    model = _load_model(config, folder, target, weights_dtype, quantize, compiled_rows, trained)
     engine = Engine(
         model,
         tokenizer,
@@ -118,6 +124,7 @@ def _load_model(
     dtype: torch.dtype,
     quantize: str | None,
     compiled_rows: int,
+    adapter: Adapter | None,
 ) -> XGenMM:
     """Read the weights and compile the decode kernels at the same time.
 
@@ -129,7 +136,9 @@ def _load_model(
         if compiled_rows:
             # If it fails, so does the engine's own attempt, which says what that means.
             executor.submit(compile_kernels, config, compiled_rows, dtype, quantize)
-        load_parameters(model, folder, device=device, dtype=dtype, quantize=quantize)
+        load_parameters(
+            model, folder, device=device, dtype=dtype, quantize=quantize, adapter=adapter
+        )
         fuse_attention(model.vlm.vision_encoder)
     return model
 

@@ -4,7 +4,7 @@ An adapter folder is in peft's format: `adapter_config.json`, and `adapter_model
 the LoRA matrices and, if it was trained whole, the resampler.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from xgenmm.checkpoints.adapter import BASE_FINGERPRINT, PREFIX, fingerprint
+from xgenmm.checkpoints.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from xgenmm.checkpoints.staging import disk_full
 from xgenmm.errors import CheckpointError, InputError
 from xgenmm.files import sync, write_json
@@ -23,8 +25,6 @@ from xgenmm.models.xgenmm import XGenMM
 LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """All linear layers of Phi-3; others have q_proj, gate_proj and so on, which match nothing here."""
 
-PREFIX = "base_model.model."
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _DECODER, _RESAMPLER = "vlm.lang_model.model.layers.", "vlm.vision_tokenizer."
 
 
@@ -102,20 +102,23 @@ def trained_tensors(module: TrainedModel) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(
-    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], base: str
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], base: Path
 ) -> None:
-    """Write an adapter into an existing folder. base: name of the checkpoint it belongs to.
+    """Write an adapter into an existing folder. base: folder of the checkpoint it belongs to.
 
     Raises CheckpointError if the disk is full.
     """
-    write_json(folder / CONFIG_FILE, {**config, "base_model_name_or_path": base})
-    save_tensors(folder / WEIGHTS_FILE, {PREFIX + name: t for name, t in tensors.items()})
+    write_json(folder / CONFIG_FILE, {**config, "base_model_name_or_path": base.name})
+    named = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    save_tensors(folder / WEIGHTS_FILE, named, {BASE_FINGERPRINT: fingerprint(base)})
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file and flush it. Raises CheckpointError if the disk is full."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # it has no errno; in practice the disk is full
         raise CheckpointError(disk_full(path, str(error))) from error
     sync(path)

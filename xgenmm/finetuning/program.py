@@ -249,7 +249,9 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "it was trained on.\n\n    xgenmm merge demo OUTPUT/adapter -o weights/mine"
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what the adapter was trained on")
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder")
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="the adapter: a folder or tar"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder"
     )

@@ -202,7 +202,7 @@ class Training:
     def _write_weights(self, name: str) -> None:
         with complete_folder(self._output.path / name) as folder:
             save_adapter(
-                folder, trained_tensors(self._module), self._adapter or {}, self._checkpoint.name
+                folder, trained_tensors(self._module), self._adapter or {}, self._checkpoint
             )
 
     def _write_result(self, best: str | None) -> None:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from xgenmm.checkpoints.adapter import Adapter, read_adapter
 from xgenmm.checkpoints.config_json import from_json
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.models.phi3_huggingface import phi3_config
@@ -18,6 +19,9 @@ from xgenmm.models.vision import siglip_config
 ARCHITECTURE = "XGenMMModelForConditionalGeneration"
 TOKENIZER_MODE = "xgenmm"
 """The name under which vLLM finds the tokenizer and the renderer."""
+
+ADAPTER = "adapter"
+"""The key of `hf_overrides` for the folder or tar of an adapter."""
 
 
 class XGenMMConfig(PretrainedConfig):
@@ -63,7 +67,8 @@ class ModelDefaults(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Use the package's prompts and tokenizer, and greedy decoding, as the authors do.
 
-        Raises ValueError for a video model, which the folder's name or its tensors tell.
+        Raises ValueError for a video model, which the folder's name or its tensors tell, and for an
+        adapter that is broken or of another checkpoint.
         """
         if read_config(Path(model_config.model)).temporal is not None:
             raise ValueError(
@@ -71,6 +76,7 @@ class ModelDefaults(VerifyAndUpdateConfig):
                 "whose temporal encoder the plugin does not have; use xgenmm.load or `xgenmm "
                 "caption` for this one"
             )
+        requested_adapter(model_config)
         if model_config.tokenizer_mode == "auto":
             model_config.tokenizer_mode = TOKENIZER_MODE
         model_config.override_generation_config.setdefault("temperature", 0.0)
@@ -82,3 +88,14 @@ class ModelDefaults(VerifyAndUpdateConfig):
         heads = model_config.hf_config.vision_config.num_attention_heads
         if heads % vllm_config.parallel_config.tensor_parallel_size:
             model_config.multimodal_config.mm_encoder_tp_mode = "data"
+
+
+def requested_adapter(model_config: ModelConfig) -> Adapter | None:
+    """Read the adapter that `hf_overrides` names, if any.
+
+    It is not looked for in `config.json`, which may be a stranger's. Raises CheckpointError if it
+    is broken or of another checkpoint.
+    """
+    overrides = model_config.hf_overrides
+    path = overrides.get(ADAPTER) if isinstance(overrides, dict) else None
+    return None if path is None else read_adapter(path, Path(model_config.model))

@@ -26,10 +26,12 @@ from vllm.model_executor.models.vision import is_vit_use_data_parallel, run_dp_s
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from xgenmm.checkpoints.adapter import Adapter
 from xgenmm.checkpoints.registry import read_config
 from xgenmm.models.image_features import normalize, padding_mask, regroup
 from xgenmm.models.resampler import PerceiverResampler
 from xgenmm.preprocessing.prompts import IMAGE
+from xgenmm.vllm_plugin.configuration import requested_adapter
 from xgenmm.vllm_plugin.processor import (
     XGenMMDummyInputsBuilder,
     XGenMMMultiModalProcessor,
@@ -80,7 +82,8 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
-        self.config = config = read_config(Path(vllm_config.model_config.model))
+        self._model_config = vllm_config.model_config
+        self.config = config = read_config(Path(self._model_config.model))
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_encoder = SiglipVisionModel(
                 hf_config.vision_config,
@@ -145,9 +148,20 @@ class XGenMMForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
         return self.lang_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the released parameters; return the names of those that were set."""
+        """Load the released parameters, and an adapter; return the names of those that were set."""
+        adapter = requested_adapter(self._model_config)
+        if adapter is not None:
+            weights = merge_adapter(weights, adapter)
         merged = append_additional_rows(weights, self.config.decoder.initial_vocab)
         return AutoWeightsLoader(self).load_weights(merged, mapper=self.hf_to_vllm_mapper)
+
+
+def merge_adapter(
+    weights: Iterable[tuple[str, torch.Tensor]], adapter: Adapter
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Merge an adapter into the parameters that it changes, which become float32."""
+    for name, weight in weights:
+        yield name, adapter.merge(name, weight.float()) if name in adapter.names else weight
 
 
 def append_additional_rows(
