@@ -293,7 +293,7 @@ class Predictor(BasePredictor):
         limits = self.fetch_limits["video" if video else "image"]
         limits = replace(limits, max_bytes=limits.max_bytes // max(1, len(urls)))
         downloads = {
-            name: start_fetch(url, limits, name, video=video)
+            name: start_fetch(url, limits, name, kind="video" if video else "image")
             for name, url in urls.items()
             if not url.startswith("data:")
         }
