@@ -32,6 +32,8 @@ def test_patterns_follow_docker(text: str, excluded: str, included: str) -> None
 def test_secrets_environments_and_other_checkpoints_stay_out(tmp_path: Path) -> None:
     wanted = {
         "predict.py",
+        "finetune.py",
+        "cog_settings.py",
         "xgenmm/engine/engine.py",
         "xgenmm/checkpoints/releases.json",
         "weights/NAME-bf16/model.safetensors",

@@ -25,7 +25,12 @@ ARCHITECTURES = {
 
 
 def checkpoint(
-    folder: Path, version: str = "v1.5", *, base: bool = False, temporal: str | None = None
+    folder: Path,
+    version: str = "v1.5",
+    *,
+    base: bool = False,
+    temporal: str | None = None,
+    seed: int = 3,
 ) -> Path:
     """Write a checkpoint folder that uses the demo's tokenizer, and return it.
 
@@ -70,7 +75,7 @@ def checkpoint(
     preprocessor = {"grids": None if base else canvases, "size": [tile_size, tile_size]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     parameters = XGenMM(read_config(folder)).state_dict()
     parameters["vlm.vision_tokenizer.projection.weight"] *= 20  # so that images affect the output
     save_file(parameters, folder / "model.safetensors")

@@ -22,6 +22,7 @@ from xgenmm.finetuning.loader import RowReader
 from xgenmm.finetuning.merge import write_checkpoint
 from xgenmm.finetuning.samples import MAX_IMAGES
 from xgenmm.finetuning.training import Training, TrainingSettings
+from xgenmm.preprocessing.fetch import FetchLimits
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
 DOWNLOADS = "downloads"
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help="folder of the run")
     where.add_argument("--check", action="store_true", help="only check DATA and show what it has")
+    parser.add_argument(
+        "--untrusted",
+        action="store_true",
+        help="DATA is a stranger's: refuse images by URL from addresses that are not public, and "
+        "files outside of DATA's folder",
+    )
     add = _Adder(parser).add
     add("--max-tokens", MAX_TEXT_TOKENS, "cut texts after N tokens, images not counted")
     add("--max-images", MAX_IMAGES, "refuse samples of more images")
@@ -134,7 +141,7 @@ def _run(options: argparse.Namespace) -> int:
     check_trainable(config, folder)
     tokenizer = training_tokenizer(folder, config)
     dataset = read_dataset(options.data, options.max_images, options.seed)
-    images = ImageReader(options.output / DOWNLOADS if options.output else None)
+    images = _image_reader(options)
     is_main = int(os.environ.get("RANK", "0")) == 0  # of `accelerate launch` and `torchrun`
     if is_main:
         report = checked(dataset, config, tokenizer, images, options.max_tokens)
@@ -148,6 +155,15 @@ def _run(options: argparse.Namespace) -> int:
     if is_main:
         print(result)
     return 0
+
+
+def _image_reader(options: argparse.Namespace) -> ImageReader:
+    downloads = options.output / DOWNLOADS if options.output else None
+    if not options.untrusted:
+        return ImageReader(downloads)
+    data: Path = options.data
+    root = data if data.is_dir() else data.parent
+    return ImageReader(downloads, FetchLimits(private_addresses=False), root)
 
 
 def _settings(options: argparse.Namespace) -> TrainingSettings:
