@@ -23,7 +23,7 @@ from pathlib import Path as LocalPath
 
 from cog import BasePredictor, Input, Path, streaming
 
-from cog_compat import (
+from serving.compat import (
     Prediction,
     SlotWatch,
     dismiss,
@@ -31,9 +31,9 @@ from cog_compat import (
     watch_slots,
     watch_worker,
 )
-from cog_inputs import check_url, read_url
-from cog_settings import fetch_limits, limits
-from cog_training import Training
+from serving.inputs import check_url, read_url
+from serving.settings import fetch_limits, limits
+from serving.training import Training
 from xgenmm import CheckpointError, InputError
 from xgenmm.checkpoints.registry import resolve, search_folders
 from xgenmm.finetuning.archive import ArchiveLimits, unpack
@@ -192,7 +192,7 @@ class Finetuner(BasePredictor):
         return work, result
 
 
-# Cog leaves text alone, see cog_inputs.py.
+# Cog leaves text alone, see serving/inputs.py.
 Finetuner.predict.__annotations__["dataset"] = str
 
 

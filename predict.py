@@ -42,10 +42,10 @@ from cog import (
 )
 
 import xgenmm
-from cog_adapters import AdapterEngine
-from cog_compat import Prediction, SlotWatch, dismiss, watch_slots, watch_worker
-from cog_inputs import check_url, read_urls
-from cog_settings import PredictSettings
+from serving.adapters import AdapterEngine
+from serving.compat import Prediction, SlotWatch, dismiss, watch_slots, watch_worker
+from serving.inputs import check_url, read_urls
+from serving.settings import PredictSettings
 from xgenmm import Engine, InputError, Request, SamplingParams
 from xgenmm.checkpoints.adapter import read_adapter
 from xgenmm.checkpoints.registry import resolve
@@ -337,7 +337,7 @@ def _urls(image: Path | None, images: Sequence[Path], video: Path | None) -> dic
     return {name: check_url(name, source) for name, source in sources.items()}
 
 
-# Cog leaves text alone, see cog_inputs.py.
+# Cog leaves text alone, see serving/inputs.py.
 _URL = str | None
 Predictor.predict.__annotations__ |= {
     "image": _URL, "images": list[str] | None, "video": _URL, "adapter": _URL,

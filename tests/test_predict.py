@@ -270,7 +270,7 @@ def test_video_is_refused_before_it_is_fetched(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:
     made = predictor(monkeypatch, Engine())
-    monkeypatch.setattr("cog_inputs.start_fetch", None)
+    monkeypatch.setattr("serving.inputs.start_fetch", None)
     with pytest.raises(InputError, match=r"^video: this model takes no videos"):
         start(made, loop, video="https://example.com/clip.mp4")
 

@@ -21,9 +21,9 @@ import yaml
 
 import finetune
 import predict
-from cog_settings import DEFAULT_MODEL
 from finetune import BASES, Finetuner
 from predict import Predictor
+from serving.settings import DEFAULT_MODEL
 from tests.support.paths import ROOT
 from xgenmm.checkpoints.registry import releases
 from xgenmm.engine.sampling_params import LIMITS, SamplingParams

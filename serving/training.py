@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cog_inputs import POLL_SECONDS
+from serving.inputs import POLL_SECONDS
 from xgenmm import InputError
 from xgenmm.errors import printable
 from xgenmm.files import read_json_object
 from xgenmm.finetuning.progress import LOG, SETTINGS
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+TETHER = ROOT / "serving" / "tether.py"
 REPORT_SECONDS = 5.0
 MAX_LINES = 40  # of what the check prints
 MAX_FAULTS = 20
@@ -49,7 +50,7 @@ class Training:
         self._stdout, self._stderr = work / "stdout", work / "stderr"
         self._hidden = f"{data.parent}/"
         self._command = [
-            *(sys.executable, "-I", str(ROOT / "tether.py"), sys.executable, "-u", "-m", "xgenmm"),
+            *(sys.executable, "-I", str(TETHER), sys.executable, "-u", "-m", "xgenmm"),
             *("finetune", str(checkpoint), str(data), "-o", str(self._output), "--untrusted"),
             *(str(part) for option in options.items() for part in option),
         ]

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 
 import xgenmm
-from cog_adapters import AdapterEngine
-from cog_compat import Prediction
+from serving.adapters import AdapterEngine
+from serving.compat import Prediction
 from tests.support import adapters, tiny
 from xgenmm import CheckpointError, Engine, EngineError, InputError
 from xgenmm.checkpoints.adapter import read_adapter

@@ -11,11 +11,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cog_compat import LOST_SECONDS, SlotWatch, remove_old_folders, temporary_folder
+from serving.compat import LOST_SECONDS, SlotWatch, remove_old_folders, temporary_folder
 from tests.support.paths import ROOT
 from tests.support.server import events, serving
 
 SECONDS = 60.0
+TETHER = ROOT / "serving" / "tether.py"
 ASYNC_GENERATOR = """
 import asyncio
 from cog import AsyncConcatenateIterator, BasePredictor, streaming
@@ -85,7 +86,7 @@ def test_temporary_folder_replaces_those_of_killed_processes(
 
 
 def test_tether_ends_its_command_when_its_input_closes() -> None:
-    command = [sys.executable, str(ROOT / "tether.py"), "sh", "-c", "echo $$; exec sleep 60"]
+    command = [sys.executable, str(TETHER), "sh", "-c", "echo $$; exec sleep 60"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tether:
         assert tether.stdin is not None
         assert tether.stdout is not None
@@ -97,7 +98,7 @@ def test_tether_ends_its_command_when_its_input_closes() -> None:
 
 
 def test_tether_ends_with_the_status_of_its_command() -> None:
-    command = [sys.executable, str(ROOT / "tether.py"), "sh", "-c", "exit 3"]
+    command = [sys.executable, str(TETHER), "sh", "-c", "exit 3"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as tether:
         assert tether.wait(SECONDS) == 3
 

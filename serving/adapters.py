@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from cog_compat import Prediction, temporary_folder
-from cog_inputs import read_url
+from serving.compat import Prediction, temporary_folder
+from serving.inputs import read_url
 from xgenmm import CheckpointError, Engine, EngineError, InputError
 from xgenmm.errors import printable
 from xgenmm.preprocessing.fetch import FetchLimits

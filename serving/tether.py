@@ -2,7 +2,7 @@
 
 It needs nothing but the standard library:
 
-    python tether.py COMMAND ARGUMENT...
+    python serving/tether.py COMMAND ARGUMENT...
 
 Standard input is a pipe that only the parent can write to. When the parent closes it or dies,
 however that happens, the command is killed. The exit status is the command's.
