@@ -6,8 +6,8 @@
 - A prediction whose folder cannot be made takes its slot for ever: `SlotWatch`.
 - A file that a prediction returns stays on the disk: `SlotWatch`.
 
-Cog's code is at https://github.com/replicate/cog. tests/serving/test_compat.py fails once it streams
-async generators.
+Cog's code is at https://github.com/replicate/cog. tests/serving/test_compat.py fails once it
+streams async generators.
 """
 
 import asyncio
