@@ -4,6 +4,8 @@
 streams the text of the answer and reports the metrics. Environment variables configure it:
 
     XGENMM_MODEL         a released name, `demo`, or a checkpoint folder
+    XGENMM_ADAPTER       an adapter of that checkpoint: a folder, a tar, or the URL of a tar; COG_WEIGHTS
+                         is Cog's name for it
     XGENMM_DEVICE        `cuda`, `cuda:N` or `cpu`; default: a GPU if there is one
     XGENMM_DTYPE         `bfloat16`, `float16` or `float32`; default: bfloat16 on a GPU, else float32
     XGENMM_QUANTIZE      `int8` or `fp8`: the weights of the decoder
@@ -12,6 +14,7 @@ streams the text of the answer and reports the metrics. Environment variables co
     XGENMM_TIMEOUT       seconds after which generation stops and the partial text is returned
     XGENMM_FETCH_SECONDS, XGENMM_FETCH_BYTES, XGENMM_DECODE_SECONDS, XGENMM_PRIVATE_ADDRESSES
                          limits on the images of a request, see docs/serving.md
+    XGENMM_ADAPTER_SECONDS, XGENMM_ADAPTER_BYTES  limits on the download of an adapter
     XGENMM_SCHEMA_..., XGENMM_VIDEO_...  limits of JSON schemas and videos, see docs/inputs.md
     COG_MAX_CONCURRENCY  predictions at once; `cog build` sets it from `@concurrent` below
 
@@ -19,15 +22,14 @@ Cog builds the form by parsing this file, without running it, and takes string l
 Every description and default is therefore a single literal without escapes, however long.
 """
 
-import asyncio
 import atexit
 import contextlib
 import gc
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
-from typing import Any, TypeVar
+from dataclasses import asdict, replace
+from pathlib import Path as LocalPath
+from typing import Any
 
 from cog import (
     BasePredictor,
@@ -40,28 +42,21 @@ from cog import (
 )
 
 import xgenmm
-from cog_compat import Prediction, dismiss, watch_slots, watch_worker
+from serving.adapters import AdapterEngine
+from serving.compat import Prediction, SlotWatch, dismiss, watch_slots, watch_worker
+from serving.inputs import check_url, read_urls
+from serving.settings import PredictSettings
 from xgenmm import Engine, InputError, Request, SamplingParams
-from xgenmm.engine.engine import GPU_MEMORY_UTILIZATION
-from xgenmm.engine.json_schema import SchemaLimits
-from xgenmm.engine.sampling_params import MOST_BEAMS
-from xgenmm.preprocessing.data_url import decode_data_url
-from xgenmm.preprocessing.decoders import DecodeLimits, ImageDecoders
-from xgenmm.preprocessing.fetch import FetchLimits, start_fetch
+from xgenmm.checkpoints.adapter import read_adapter
+from xgenmm.checkpoints.registry import resolve
+from xgenmm.preprocessing.decoders import ImageDecoders
+from xgenmm.preprocessing.fetch import Kind
 from xgenmm.preprocessing.prompts import parse_conversation
 from xgenmm.preprocessing.video import MAX_FRAMES, FrameSelection
-from xgenmm.preprocessing.video_decoder import VideoLimits
 
-DEFAULT_MODEL = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 # Seconds for which text is joined. Cog sends an event, or a webhook with all text so far, for each
 # piece, and replays only the last 1,024 events to a client that reconnects.
 STREAM_INTERVAL = 0.05
-# For the images of a request together.
-FETCH_SECONDS = 30.0
-FETCH_BYTES = 128_000_000
-
-Number = TypeVar("Number", int, float)
-Limits = TypeVar("Limits", SchemaLimits, VideoLimits)
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +64,9 @@ logger = logging.getLogger(__name__)
 class Predictor(BasePredictor):
     """One checkpoint, loaded once, that serves as many predictions at once as Cog admits."""
 
-    engine: Engine
+    settings: PredictSettings
+    engines: AdapterEngine
     decoders: ImageDecoders
-    timeout: float | None
-    fetch_limits: dict[str, FetchLimits]
     max_images: int
 
     def setup(self) -> None:
@@ -91,47 +85,36 @@ class Predictor(BasePredictor):
                 dismiss(self._watchdog)  # the server stays to report why setup failed
             raise
         if self._watchdog is not None:
-            watch_slots(_setting("COG_MAX_CONCURRENCY", int) or 1)
+            watch_slots(SlotWatch(self.settings.at_once))
 
     def _load(self) -> None:
-        model = os.environ.get("XGENMM_MODEL") or DEFAULT_MODEL
-        self.timeout = _setting("XGENMM_TIMEOUT", float)
-        fetch_limits = FetchLimits(
-            seconds=_setting("XGENMM_FETCH_SECONDS", float) or FETCH_SECONDS,
-            max_bytes=_setting("XGENMM_FETCH_BYTES", int) or FETCH_BYTES,
-            private_addresses=_switch("XGENMM_PRIVATE_ADDRESSES"),
-        )
-        video_limits = _limits("XGENMM_VIDEO", VideoLimits())
-        of_videos = replace(fetch_limits, max_bytes=video_limits.file_bytes)
-        self.fetch_limits = {"image": fetch_limits, "video": of_videos}
-        decode_limits = DecodeLimits(
-            _setting("XGENMM_DECODE_SECONDS", float) or DecodeLimits.seconds, video=video_limits
-        )
+        self.settings = settings = PredictSettings.from_environment()
         # Freeze imported objects so that garbage collection does not stall streams (for 0.2 s).
         gc.freeze()
-        logger.info("loading %s", model)
-        self.engine = xgenmm.load(
-            model,
-            device=os.environ.get("XGENMM_DEVICE") or None,
-            dtype=os.environ.get("XGENMM_DTYPE") or None,
-            quantize=os.environ.get("XGENMM_QUANTIZE") or None,
-            max_num_seqs=max(_setting("COG_MAX_CONCURRENCY", int) or 1, MOST_BEAMS),
-            gpu_memory_utilization=_setting("XGENMM_MEMORY", float) or GPU_MEMORY_UTILIZATION,
-            decode=os.environ.get("XGENMM_DECODE") or "auto",
-            schema_limits=_limits("XGENMM_SCHEMA", SchemaLimits()),
-        )
-        config = self.engine.config
+        self.engines = AdapterEngine(self._load_engine, self._check_adapter)
+        # Cog has no shutdown hook; its worker process exits after the last prediction.
+        atexit.register(self.engines.close)
+        logger.info("loading %s", settings.model)
+        own = replace(settings.fetch_limits["adapter"], private_addresses=True)
+        config = self.engines.start(settings.adapter, own).config
         room = config.decoder.max_positions // config.resampler.num_latents
         self.max_images = room if config.temporal is None else MAX_FRAMES
-        self.decoders = ImageDecoders(config.tiling, config.vision.image_size, decode_limits)
+        tiling, side = config.tiling, config.vision.image_size
+        self.decoders = ImageDecoders(tiling, side, settings.decode_limits)
         self.decoders.start()
-        self.engine.warm_up(schemas=True)
-        # Cog has no shutdown hook; its worker process exits after the last prediction.
-        atexit.register(self.engine.close)
+
+    def _load_engine(self, adapter: LocalPath | None) -> Engine:
+        settings = self.settings
+        engine = xgenmm.load(settings.model, adapter=adapter, **settings.load_options)
+        engine.warm_up(schemas=True)
+        return engine
+
+    def _check_adapter(self, adapter: LocalPath) -> None:
+        read_adapter(adapter, resolve(self.settings.model))
 
     def healthcheck(self) -> bool:
         """Return True if the engine works. Raises EngineError, with the reason, if it does not."""
-        self.engine.check()
+        self.engines.check()
         return True
 
     @concurrent(max=16)
@@ -234,6 +217,10 @@ class Predictor(BasePredictor):
             default=None,
             description='Answer with JSON that follows this JSON Schema, for example {"type": "object", "properties": {"color": {"type": "string"}}, "required": ["color"]}. It cannot be combined with choices or several beams.',
         ),
+        adapter: Path | None = Input(
+            default=None,
+            description="An adapter from fine-tuning this checkpoint, as a .tar or .tar.gz file. To change it takes as long as to load the model, and is refused while predictions with another one run. If empty, the server's own adapter, if it has one.",
+        ),
     ) -> ConcatenateIterator[str]:
         """Answer a question about images or a video; yields the text as it is generated.
 
@@ -255,8 +242,9 @@ class Predictor(BasePredictor):
                     "ignores inputs of other names, such as prompt",
                 )
             selection = FrameSelection(num_frames, start, end)
+            engine = await self._engine(prediction, None if adapter is None else str(adapter))
             if video is not None:
-                self.engine.check_takes_video()
+                engine.check_takes_video()
                 selection.check()
             request = Request(
                 question=question,
@@ -274,42 +262,33 @@ class Predictor(BasePredictor):
                 ),
                 choices=tuple(choices or ()),
                 json_schema=json_schema,
-                timeout=self.timeout,
+                timeout=self.settings.timeout,
             )
             contents = await self._contents(sources)
             prediction.outlive_coroutine()
             # `scope` is a context variable of this coroutine, not set in the generator's thread.
             record = self.scope.record_metric
-            return self._stream(request, contents, selection, prediction, record)
+            return self._stream(engine, request, contents, selection, prediction, record)
 
     async def _contents(self, urls: dict[str, str]) -> dict[str, bytes]:
-        """Return the files that URLs refer to or contain, downloading all at the same time.
-
-        urls: by input name. Raises InputError, naming the input, if a file cannot be had.
-        """
+        """Return the files of images or of a video, by input name."""
         if len(urls) > self.max_images:
             raise InputError("images", f"{len(urls)} given; at most {self.max_images} fit")
-        video = "video" in urls
-        limits = self.fetch_limits["video" if video else "image"]
-        limits = replace(limits, max_bytes=limits.max_bytes // max(1, len(urls)))
-        downloads = {
-            name: start_fetch(url, limits, name, video=video)
-            for name, url in urls.items()
-            if not url.startswith("data:")
-        }
-        try:
-            return {
-                name: await asyncio.wrap_future(downloads[name])
-                if name in downloads
-                else await asyncio.to_thread(decode_data_url, url, name)
-                for name, url in urls.items()
-            }
-        finally:
-            for download in downloads.values():
-                download.cancel()
+        kind: Kind = "video" if "video" in urls else "image"
+        return await read_urls(urls, self.settings.fetch_limits[kind], kind)
+
+    async def _engine(self, prediction: Prediction, adapter: str | None) -> Engine:
+        """Return the engine with the adapter that a URL refers to or contains, or the default."""
+        content = None
+        if adapter is not None:
+            urls = {"adapter": check_url("adapter", adapter)}
+            limits = self.settings.fetch_limits["adapter"]
+            content = (await read_urls(urls, limits, "archive"))["adapter"]
+        return await self.engines.acquire(prediction, content)
 
     def _stream(
         self,
+        engine: Engine,
         request: Request,
         contents: dict[str, bytes],
         selection: FrameSelection,
@@ -323,15 +302,15 @@ class Predictor(BasePredictor):
         """
         with contextlib.closing(prediction):
             if "video" in contents:
-                clip = self.engine.preprocess_video(
+                clip = engine.preprocess_video(
                     contents["video"], selection, read=self.decoders.read_video
                 )
                 request = replace(request, video=clip)
             else:
                 read = self.decoders.reader()
-                images = [self.engine.preprocess_image(contents[n], n, read) for n in contents]
+                images = [engine.preprocess_image(contents[n], n, read) for n in contents]
                 request = replace(request, images=images)
-            answer = self.engine.stream(request)
+            answer = engine.stream(request)
             prediction.cancelled.add_done_callback(lambda _: answer.cancel())
             try:
                 yield from answer.pieces(STREAM_INTERVAL)
@@ -344,42 +323,10 @@ class Predictor(BasePredictor):
                         record_metric(name, value)
 
 
-def _setting(name: str, kind: Callable[[str], Number]) -> Number | None:
-    """Return the positive number in an environment variable, or None if it is not set.
-
-    Raises InputError for anything else.
-    """
-    text = os.environ.get(name)
-    if not text:
-        return None
-    with contextlib.suppress(ValueError):
-        if (number := kind(text)) > 0:
-            return number
-    raise InputError(name, f"must be a number above 0, not {text!r}")
-
-
-def _switch(name: str) -> bool:
-    """Return whether an environment variable is 1. Raises InputError unless it is 0, 1 or not set."""
-    text = os.environ.get(name) or "0"
-    if text not in ("0", "1"):
-        raise InputError(name, f"must be 0 or 1, not {text!r}")
-    return text == "1"
-
-
-def _limits(prefix: str, defaults: Limits) -> Limits:
-    """Limits from environment variables with this prefix and the names of the fields."""
-    settings = {
-        field.name: _setting(f"{prefix}_{field.name.upper()}", type(field.default))
-        for field in fields(defaults)
-    }
-    return replace(defaults, **{name: value for name, value in settings.items() if value})
-
-
 def _urls(image: Path | None, images: Sequence[Path], video: Path | None) -> dict[str, str]:
     """Return the URL of each image, or of the video, by its input's name, in order.
 
-    Raises InputError for a video together with images, and for a value that is not a URL. Opening
-    it would let a client read files of this machine.
+    Raises InputError for a video together with images, and for a value that is not a URL.
     """
     sources = {} if image is None else {"image": image}
     sources |= {f"images[{i}]": path for i, path in enumerate(images)}
@@ -387,14 +334,11 @@ def _urls(image: Path | None, images: Sequence[Path], video: Path | None) -> dic
         if sources:
             raise InputError("video", "cannot be combined with image or images; give one of them")
         sources = {"video": video}
-    urls = {name: str(source) for name, source in sources.items()}
-    for name, url in urls.items():
-        if not url.startswith(("http://", "https://", "data:")):
-            raise InputError(name, "must be an http:// or https:// address or a data URL")
-    return urls
+    return {name: check_url(name, source) for name, source in sources.items()}
 
 
-# Cog downloads a `Path` before it calls `predict`, however long it takes or is, and wherever it
-# leads. Text it leaves alone. The form still takes files: `cog build` reads the source.
+# Cog leaves text alone, see serving/inputs.py.
 _URL = str | None
-Predictor.predict.__annotations__ |= {"image": _URL, "images": list[str] | None, "video": _URL}
+Predictor.predict.__annotations__ |= {
+    "image": _URL, "images": list[str] | None, "video": _URL, "adapter": _URL,
+}  # fmt: skip

@@ -32,6 +32,8 @@ def test_patterns_follow_docker(text: str, excluded: str, included: str) -> None
 def test_secrets_environments_and_other_checkpoints_stay_out(tmp_path: Path) -> None:
     wanted = {
         "predict.py",
+        "finetune.py",
+        "serving/settings.py",
         "xgenmm/engine/engine.py",
         "xgenmm/checkpoints/releases.json",
         "weights/NAME-bf16/model.safetensors",
@@ -73,7 +75,7 @@ def test_of_the_repository_all_code_that_is_served_goes_in() -> None:
     served = {
         path
         for path in tracked
-        if path.startswith(("xgenmm/", "weights/demo/", "weights/demo-video/"))
+        if path.startswith(("serving/", "xgenmm/", "weights/demo/", "weights/demo-video/"))
         or re.fullmatch(r"\w+\.py|LICENSE", path)
     }
     assert set(image_files(ROOT)) & tracked == served

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -32,6 +33,8 @@ INPUTS: dict[str, Any] = {
 }
 SETTINGS = (
     "XGENMM_MODEL",
+    "XGENMM_ADAPTER",
+    "COG_WEIGHTS",
     "XGENMM_DEVICE",
     "XGENMM_DTYPE",
     "XGENMM_QUANTIZE",
@@ -42,6 +45,8 @@ SETTINGS = (
     "XGENMM_FETCH_BYTES",
     "XGENMM_DECODE_SECONDS",
     "XGENMM_VIDEO_FILE_BYTES",
+    "XGENMM_ADAPTER_BYTES",
+    "XGENMM_ADAPTER_SECONDS",
     "XGENMM_PRIVATE_ADDRESSES",
     "COG_MAX_CONCURRENCY",
 )
@@ -145,6 +150,7 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     predictor(monkeypatch, engine)
     nothing: dict[str, Any] = {
+        "adapter": None,
         "device": None,
         "dtype": None,
         "quantize": None,
@@ -158,6 +164,7 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch,
         engine,
         XGENMM_MODEL="demo",
+        COG_WEIGHTS="mine.tar",
         XGENMM_DEVICE="cpu",
         XGENMM_DTYPE="float32",
         XGENMM_QUANTIZE="int8",
@@ -168,6 +175,7 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         COG_MAX_CONCURRENCY="12",
     )
     named: dict[str, Any] = {
+        "adapter": Path("mine.tar"),
         "device": "cpu",
         "dtype": "float32",
         "quantize": "int8",
@@ -187,6 +195,8 @@ def test_setup_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "XGENMM_FETCH_SECONDS",
         "XGENMM_FETCH_BYTES",
         "XGENMM_DECODE_SECONDS",
+        "XGENMM_ADAPTER_SECONDS",
+        "XGENMM_ADAPTER_BYTES",
         "COG_MAX_CONCURRENCY",
     ],
 )
@@ -200,19 +210,24 @@ def test_setup_rejects_a_setting_that_is_not_a_positive_number(
 
 def test_setup_reads_the_limits_of_images_and_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     made = predictor(monkeypatch, Engine())
-    assert made.fetch_limits["image"] == FetchLimits(30, 128_000_000, private_addresses=False)
-    assert made.fetch_limits["video"] == FetchLimits(30, 512_000_000, private_addresses=False)
+    limits = made.settings.fetch_limits
+    assert limits["image"] == FetchLimits(30, 128_000_000, private_addresses=False)
+    assert limits["video"] == FetchLimits(30, 512_000_000, private_addresses=False)
+    assert limits["adapter"] == FetchLimits(300, 1_000_000_000, private_addresses=False)
     settings = {
         "FETCH_SECONDS": "1.5",
         "FETCH_BYTES": "9",
         "VIDEO_FILE_BYTES": "10",
+        "ADAPTER_BYTES": "11",
         "PRIVATE_ADDRESSES": "1",
     }
     made = predictor(
         monkeypatch, Engine(), **{f"XGENMM_{name}": value for name, value in settings.items()}
     )
-    assert made.fetch_limits["image"] == FetchLimits(1.5, 9, private_addresses=True)
-    assert made.fetch_limits["video"] == FetchLimits(1.5, 10, private_addresses=True)
+    limits = made.settings.fetch_limits
+    assert limits["image"] == FetchLimits(1.5, 9, private_addresses=True)
+    assert limits["video"] == FetchLimits(1.5, 10, private_addresses=True)
+    assert limits["adapter"] == FetchLimits(300, 11, private_addresses=True)
     with pytest.raises(InputError, match=r"^XGENMM_PRIVATE_ADDRESSES: must be 0 or 1, not 'yes'"):
         predictor(monkeypatch, Engine(), XGENMM_PRIVATE_ADDRESSES="yes")
 
@@ -255,7 +270,7 @@ def test_video_is_refused_before_it_is_fetched(
     monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop
 ) -> None:
     made = predictor(monkeypatch, Engine())
-    monkeypatch.setattr("predict.start_fetch", None)
+    monkeypatch.setattr("serving.inputs.start_fetch", None)
     with pytest.raises(InputError, match=r"^video: this model takes no videos"):
         start(made, loop, video="https://example.com/clip.mp4")
 

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import psutil
 
-from cog_compat import FOLDERS
+from serving.compat import FOLDERS
 
 MOST_MEMORY = 5 << 30
 PERIOD_SECONDS = 0.2

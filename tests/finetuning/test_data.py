@@ -161,3 +161,18 @@ def test_check_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     data.write_text(json.dumps(messages(images=["b.png"])))
     assert main(["finetune", "demo", str(data), "--check"]) == 1
     assert f"FAULT {data}:1: image b.png: cannot open" in capsys.readouterr().out
+
+
+def test_untrusted_data_has_only_its_own_files_and_public_addresses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    sources = ["../a.png", str(tmp_path / "a.png"), "http://127.0.0.1:1/a.png"]
+    lines = [json.dumps(messages(images=[source])) for source in sources]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    assert main(["finetune", "demo", str(folder / "data.jsonl"), "--check", "--untrusted"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("leads out of the dataset; give a path within its folder") == 2
+    assert "127.0.0.1, which has no public address" in said

@@ -89,11 +89,11 @@ def test_body_is_returned(server: OddServer) -> None:
 def test_types_that_are_refused_depend_on_the_input(server: OddServer) -> None:
     server.answers["a"] = body(b"clip", b"Content-Type: video/mp4\r\n")
     server.answers["b"] = body(b"<html>", b"Content-Type: text/html\r\n")
-    assert start_fetch(server.url("a"), LIMITS, "video", video=True).result() == b"clip"
+    assert start_fetch(server.url("a"), LIMITS, "video", kind="video").result() == b"clip"
     with pytest.raises(InputError, match=r"^image: .*/a is video/mp4, not an image$"):
         start_fetch(server.url("a"), LIMITS).result()
     with pytest.raises(InputError, match=r"^video: .*/b is text/html, not an image or a video$"):
-        start_fetch(server.url("b"), LIMITS, "video", video=True).result()
+        start_fetch(server.url("b"), LIMITS, "video", kind="video").result()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from http.client import HTTPConnection
 import httpx
 import pytest
 
-from cog_compat import FOLDERS
+from serving.compat import FOLDERS
 from tests.conftest import FETCH_BYTES
 from tests.server.client import (
     SECONDS,

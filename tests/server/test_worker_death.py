@@ -50,7 +50,7 @@ def test_watchdog_kills_a_server_that_does_not_end_by_itself(
     dismissed: bool, status: int | None
 ) -> None:
     with subprocess.Popen(["sleep", str(SECONDS)]) as server:
-        watchdog = [sys.executable, str(ROOT / "watchdog.py"), str(server.pid)]
+        watchdog = [sys.executable, str(ROOT / "serving" / "watchdog.py"), str(server.pid)]
         subprocess.run(watchdog, input=b"-" if dismissed else b"", check=True, timeout=SECONDS)
         assert server.poll() == status
         server.kill()

@@ -134,7 +134,7 @@ def start_download(
     """
     if record.error is None and is_url(record.source):
         name = "video" if video and media_suffix(record.image) in VIDEO_SUFFIXES else "image"
-        return start_fetch(record.source, limits, name, video=video)
+        return start_fetch(record.source, limits, name, kind="video" if video else "image")
     return None
 
 

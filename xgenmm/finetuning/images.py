@@ -23,10 +23,12 @@ class ImageReader:
     Attributes:
         downloads: folder that keeps what URLs gave, so that every epoch sees the same image; None
             to download again each time.
+        root: files outside of this folder are refused, links followed; None to allow all.
     """
 
     downloads: Path | None = None
     limits: FetchLimits = field(default_factory=FetchLimits)
+    root: Path | None = None
 
     def read(self, source: str, folder: Path) -> Image.Image:
         """Return an image in RGB.
@@ -41,6 +43,8 @@ class ImageReader:
         if source.startswith(("http://", "https://")):
             return read_image(self._download(source, name), name)
         try:
+            if self.root and not (folder / source).resolve().is_relative_to(self.root.resolve()):
+                raise InputError(name, "leads out of the dataset; give a path within its folder")
             return read_image(folder / source, name)
         except ValueError as error:
             if isinstance(error, InputError):

@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help="folder of the run")
     where.add_argument("--check", action="store_true", help="only check DATA and show what it has")
+    parser.add_argument(
+        "--untrusted",
+        action="store_true",
+        help="DATA is a stranger's: refuse images by URL from addresses that are not public, and "
+        "files outside of DATA's folder",
+    )
     add = _Adder(parser).add
     add("--max-tokens", MAX_TEXT_TOKENS, "cut texts after N tokens, images not counted")
     add("--max-images", MAX_IMAGES, "refuse samples of more images")

@@ -18,7 +18,7 @@ def draw_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     axes = (figure := Figure(figsize=(8, 4.5))).subplots()
     for key, label in (("loss", "training"), ("validation_loss", "validation")):
-        points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
+        points = [(line["step"], line[key]) for line in log if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
     axes.set(xlabel="step", ylabel="loss")

@@ -20,6 +20,7 @@ from xgenmm.finetuning.options import add_arguments as add_arguments
 from xgenmm.finetuning.options import training_settings
 from xgenmm.finetuning.progress import DOWNLOADS
 from xgenmm.finetuning.training import Training
+from xgenmm.preprocessing.fetch import FetchLimits
 from xgenmm.preprocessing.tokenizer import Tokenizer
 
 DESCRIPTION = """\
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     checkpoint = read_trained(resolve(options.checkpoint))
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     dataset = read_dataset(options.data, options.max_images, options.seed)
-    images = ImageReader(options.output / DOWNLOADS if options.output else None)
+    images = _image_reader(options)
     is_main = int(os.environ.get("RANK", "0")) == 0  # of `accelerate launch` and `torchrun`
     if is_main:
         report = checked(dataset, config, tokenizer, images, options.max_tokens)
@@ -77,6 +78,15 @@ def _run(options: argparse.Namespace) -> int:
     if is_main:
         print(result)
     return 0
+
+
+def _image_reader(options: argparse.Namespace) -> ImageReader:
+    downloads = options.output / DOWNLOADS if options.output else None
+    if not options.untrusted:
+        return ImageReader(downloads)
+    data: Path = options.data
+    root = data if data.is_dir() else data.parent
+    return ImageReader(downloads, FetchLimits(private_addresses=False), root)
 
 
 def checked(

@@ -101,8 +101,8 @@ class RunFolder:
             out.write("".join(line + "\n" for line in kept).encode())
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line; JSON has null for NaN, the loss of a step without labels."""
-        line = {key: None if value != value else value for key, value in line.items()}
+        """Append a line, without NaN: JSON has none, and a step without labels no loss."""
+        line = {key: value for key, value in line.items() if value == value}
         with disk_errors(self.path / LOG), (self.path / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
 

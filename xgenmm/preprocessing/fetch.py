@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Literal
 
 import httpx
 
@@ -31,6 +32,16 @@ SILENCE_SECONDS = 30.0
 
 MAX_URL_CHARS = 200
 """Longer URLs are shortened in error messages."""
+
+Kind = Literal["image", "video", "archive"]
+
+# By kind: what is wanted, and the types that rule it out. Only those are refused: many servers send
+# images as text/plain or worse.
+_WANTED: dict[Kind, tuple[str, tuple[str, ...]]] = {
+    "image": ("an image", ("audio/", "text/", "multipart/", "video/")),
+    "video": ("an image or a video", ("audio/", "text/", "multipart/")),
+    "archive": ("an archive", ("audio/", "text/", "multipart/", "video/", "image/")),
+}
 
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _6TO4 = IPv6Network("2002::/16")
@@ -55,7 +66,7 @@ class FetchLimits:
 
 
 def start_fetch(
-    url: str, limits: FetchLimits, name: str = "image", *, video: bool = False
+    url: str, limits: FetchLimits, name: str = "image", *, kind: Kind = "image"
 ) -> Future[bytes]:
     """Start to download in the background, and return the future of the body.
 
@@ -65,13 +76,13 @@ def start_fetch(
 
     Args:
         name: the input's name in error messages.
-        video: whether a video is wanted, or either.
+        kind: what is wanted; for `video` an image will do, too.
 
     The future raises InputError if the URL is invalid or its host is not allowed, if the server
-    cannot be reached, answers with an error, a web page, audio or an unwanted video, or exceeds a
+    cannot be reached, answers with an error, a web page or another kind of file, or exceeds a
     limit.
     """
-    return asyncio.run_coroutine_threadsafe(_Fetch(url, limits, name, video).run(), _event_loop())
+    return asyncio.run_coroutine_threadsafe(_Fetch(url, limits, name, kind).run(), _event_loop())
 
 
 def is_public(address: str) -> bool:
@@ -110,7 +121,7 @@ class _Fetch:
     url: str
     limits: FetchLimits
     name: str
-    video: bool
+    kind: Kind
 
     async def run(self) -> bytes:
         try:
@@ -162,12 +173,10 @@ class _Fetch:
     async def _read(self, response: httpx.Response) -> bytes:
         if response.status_code != httpx.codes.OK:
             raise self._error(f"returned HTTP {response.status_code}")
-        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        # Only types that rule out what is wanted: many servers send images as text/plain or worse.
-        refused = ("audio/", "text/", "multipart/", *(() if self.video else ("video/",)))
-        if kind.startswith(refused) and kind != "text/plain":
-            wanted = "an image or a video" if self.video else "an image"
-            raise self._error(f"is {_shorten(kind)}, not {wanted}")
+        found = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        wanted, refused = _WANTED[self.kind]
+        if found.startswith(refused) and found != "text/plain":
+            raise self._error(f"is {_shorten(found)}, not {wanted}")
         if int(response.headers.get("Content-Length", 0)) > self.limits.max_bytes:
             raise self._too_long()
         body = bytearray()

@@ -4,22 +4,27 @@
 - The folder of a prediction stays on the disk: `Prediction`, `remove_old_folders`.
 - The server outlives its worker: `watch_worker`.
 - A prediction whose folder cannot be made takes its slot for ever: `SlotWatch`.
+- A file that a prediction returns stays on the disk: `SlotWatch`.
 
-Cog's code is at https://github.com/replicate/cog. tests/test_cog_compat.py fails once Cog streams
-async generators.
+Cog's code is at https://github.com/replicate/cog. tests/serving/test_compat.py fails once it
+streams async generators.
 """
 
 import asyncio
+import atexit
 import contextvars
 import http.client
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,15 +57,29 @@ class Prediction:
 
     def __init__(self) -> None:
         self.cancelled: Future[None] = Future()
-        self._outlives_coroutine = False
+        self._outlives_coroutine = self._ended = False
         self.running.add(self)
         # Also when this object is collected: Cog may drop a generator without having started it.
-        self._remove_folder = weakref.finalize(self, _remove_folder, _prediction_folder())
+        self._at_end: list[Callable[[], object]] = [
+            weakref.finalize(self, _remove_folder, _prediction_folder())
+        ]
+
+    def at_end(self, function: Callable[[Any], object], argument: object) -> None:
+        """Call a function at the end of the prediction, from any thread; at once if it has ended.
+
+        Neither the function nor the argument may refer to this object.
+        """
+        call_once = weakref.finalize(self, function, argument)
+        self._at_end.append(call_once)
+        if self._ended:
+            call_once()
 
     def close(self) -> None:
-        """Remove the prediction's folder."""
+        """End the prediction: remove its folder and call what `at_end` was given."""
+        self._ended = True
         self.running.discard(self)
-        self._remove_folder()
+        for call_once in list(self._at_end):
+            call_once()
 
     def __enter__(self) -> "Prediction":
         return self
@@ -138,6 +157,21 @@ def _remove_folder(folder: Path | None) -> None:
         folder.rmdir()
 
 
+def temporary_folder(kind: str) -> Path:
+    """Return a new folder that is removed at the exit of this process.
+
+    Also removes those of the same kind whose processes were killed.
+    """
+    prefix = f"xgenmm-{kind}-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        process = folder.name.removeprefix(prefix).partition("-")[0]
+        if process == str(os.getpid()) or not Path("/proc", process).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def watch_worker() -> subprocess.Popen[bytes] | None:
     """Start the watchdog that ends Cog's server after this process, its worker, has died.
 
@@ -175,15 +209,22 @@ class SlotWatch:
     because its id has 300 characters (`predict` in `crates/coglet/src/service.rs`). Once all slots
     are lost the server refuses everything.
 
-    slots: how many predictions the server admits.
-    since: when it began to be full while at most half of its slots were in use.
+    Attributes:
+        slots: how many predictions the server admits.
+        patience: seconds after which slots count as lost. The server is also full without work for
+            its worker while it uploads a result.
+        results: folder of files that predictions have returned. What is in it is removed whenever
+            the server has a free slot, which it has once it has read the files.
+        since: when the server began to be full while at most half of its slots were in use.
     """
 
     slots: int
+    patience: float = LOST_SECONDS
+    results: Path | None = None
     since: float | None = None
 
     def lost(self, status: str | None, running: int, now: float) -> bool:
-        """Whether slots have been lost for `LOST_SECONDS`.
+        """Whether slots have been lost for `patience` seconds.
 
         Args:
             status: of the server's health check, None if it does not answer.
@@ -194,20 +235,27 @@ class SlotWatch:
             self.since = None
             return False
         self.since = now if self.since is None else self.since
-        return now - self.since >= LOST_SECONDS
+        return now - self.since >= self.patience
 
     def run(self) -> None:
         """Watch the server; end this process, its worker, if slots are lost."""
-        while not self.lost(_server_status(), len(Prediction.running), time.monotonic()):
+        while True:
+            # Listed before the server is asked: what comes later may not have been read yet.
+            results = list(self.results.iterdir()) if self.results else []
+            status = _server_status()
+            if self.lost(status, len(Prediction.running), time.monotonic()):
+                break
+            for result in results if status == "READY" else ():
+                shutil.rmtree(result, ignore_errors=True)
             time.sleep(POLL_SECONDS)
             remove_old_folders()
         logger.error("Cog's server has lost slots, so it has to start again")
         os._exit(1)
 
 
-def watch_slots(slots: int) -> None:
+def watch_slots(watch: SlotWatch) -> None:
     """Watch the server, and remove old folders, in a thread of their own."""
-    threading.Thread(target=SlotWatch(slots).run, name="xgenmm-slots", daemon=True).start()
+    threading.Thread(target=watch.run, name="xgenmm-slots", daemon=True).start()
 
 
 def _server_status() -> str | None:

@@ -3,16 +3,20 @@
 import contextlib
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from cog_compat import LOST_SECONDS, SlotWatch, remove_old_folders
+from serving.compat import LOST_SECONDS, SlotWatch, remove_old_folders, temporary_folder
 from tests.support.paths import ROOT
 from tests.support.server import events, serving
 
 SECONDS = 60.0
+TETHER = ROOT / "serving" / "tether.py"
 ASYNC_GENERATOR = """
 import asyncio
 from cog import AsyncConcatenateIterator, BasePredictor, streaming
@@ -65,6 +69,38 @@ def test_slots_are_not_lost_if_the_server_works_or_has_free_ones(
     assert not watch.lost("BUSY", 0, now=0)
     assert not watch.lost(status, running, now=LOST_SECONDS)
     assert not watch.lost("BUSY", 0, now=LOST_SECONDS + 1)
+
+
+def test_temporary_folder_replaces_those_of_killed_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    names = (f"a-{ended.pid}-x", f"a-{os.getpid()}-x", f"a-{os.getppid()}-x", f"b-{ended.pid}-x")
+    for name in names:
+        (tmp_path / f"xgenmm-{name}" / "file").mkdir(parents=True)
+    made = temporary_folder("a")
+    kept = {tmp_path / f"xgenmm-{name}" for name in names[2:]}
+    assert set(tmp_path.iterdir()) == {made, *kept}
+
+
+def test_tether_ends_its_command_when_its_input_closes() -> None:
+    command = [sys.executable, str(TETHER), "sh", "-c", "echo $$; exec sleep 60"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tether:
+        assert tether.stdin is not None
+        assert tether.stdout is not None
+        child = int(tether.stdout.readline())
+        tether.stdin.close()
+        assert tether.wait(SECONDS) == 128 + signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_tether_ends_with_the_status_of_its_command() -> None:
+    command = [sys.executable, str(TETHER), "sh", "-c", "exit 3"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as tether:
+        assert tether.wait(SECONDS) == 3
 
 
 def test_old_folders_are_removed_but_no_other_files(tmp_path: Path) -> None:

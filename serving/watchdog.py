@@ -3,7 +3,7 @@
 Cog 0.23's server outlives its worker: it answers all requests with an error and is never ready
 again. `Predictor.setup` starts this program, which needs nothing but the standard library:
 
-    python watchdog.py SERVER_PID
+    python serving/watchdog.py SERVER_PID
 
 Standard input is a pipe that only the worker can write to. When the worker dies, however that
 happens, the pipe closes. The server has a moment to tell its clients or, after SIGTERM, to exit by
