@@ -128,7 +128,10 @@ class Training:
         settings = read_json_object(self._output / SETTINGS)
         steps = -(-settings["samples"] // settings["batch_size"]) * settings["epochs"]
         line = self._newest
-        text = f"step {line['step']} of {steps}, loss {line['loss']:.4f}, rate {line['rate']:.1e}"
+        text = f"step {line['step']} of {steps}"
+        if "loss" in line:  # a step without anything to learn has none
+            text += f", loss {line['loss']:.4f}"
+        text += f", rate {line['rate']:.1e}"
         assert self._first is not None
         began, first = self._first
         if line["step"] > first:
