@@ -38,13 +38,16 @@ def evaluate(folder: Path, scenes: int) -> None:
 
 
 def measure(folder: Path, scenes: int) -> dict[str, list[bool]]:
-    """Ask the evaluation set of this many scenes; which answers are right, by kind.
+    """Ask the evaluation set of this many scenes; which answers are right, by kind."""
+    return exact_matches(xgenmm.load(folder), evaluation_groups(scenes))
 
-    An answer is right if it is the expected one, ignoring case.
+
+def exact_matches(engine: xgenmm.Engine, groups: Sequence[Sequence[Case]]) -> dict[str, list[bool]]:
+    """Whether each greedy answer is the expected one, ignoring case, by kind of question.
+
+    groups: cases of the same scene or pair.
     """
-    engine = xgenmm.load(folder)
     right: dict[str, list[bool]] = defaultdict(list)
-    groups = evaluation_groups(scenes)
     for number, group in enumerate(groups, 1):
         for case, answer in zip(group, _answers(engine, group), strict=True):
             right[case.kind].append(answer.lower() == case.answer.lower())
