@@ -183,7 +183,7 @@ class Training:
         started = time.monotonic()
         result = self._stepper.step(batches)
         loss, labels = self._devices.sum([_summed_loss(result), sum(result.labels)])
-        return {
+        line = {
             "step": step + 1,
             "epoch": step // self._plan.steps_per_epoch + 1,
             "loss": loss / labels if labels else math.nan,
@@ -192,6 +192,10 @@ class Training:
             "labels": int(labels),
             "seconds": round(time.monotonic() - started, 3),
         }
+        device = self._devices.device
+        if device.type == "cuda":
+            line["gigabytes"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+        return line
 
     def _validate_and_save(self, step: int, best: float | None, writer: Writer) -> float | None:
         """Measure the validation loss, keep the weights if it is the lowest, and save the state."""
