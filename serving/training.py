@@ -55,7 +55,7 @@ class Training:
             *(str(part) for option in options.items() for part in option),
         ]
         self._read = 0  # bytes of the log
-        self._reported = 0.0
+        self._reported, self._reported_step = 0.0, 0
         self._first: tuple[float, int] | None = None
         self._newest: dict[str, Any] = {}
         self._shown = False
@@ -88,7 +88,7 @@ class Training:
         return {name: self._newest[key] for key, name in names.items() if key in self._newest}
 
     def _follow(self, last: bool = False) -> None:
-        """Log what is new, at most one line of steps in a few seconds."""
+        """Log what is new, at most one line of steps in a few seconds, and the last step."""
         for line in self._new_lines():
             if not self._shown:
                 self._shown = True
@@ -99,8 +99,9 @@ class Training:
             elif self._first is None:
                 self._first = time.monotonic(), line["step"]
         now = time.monotonic()
-        if self._newest and (last or now - self._reported >= REPORT_SECONDS):
-            self._reported = now
+        is_new = self._newest.get("step", 0) > self._reported_step
+        if is_new and (last or now - self._reported >= REPORT_SECONDS):
+            self._reported, self._reported_step = now, self._newest["step"]
             logger.info("%s", self._progress(now))
 
     def _new_lines(self) -> list[dict[str, Any]]:

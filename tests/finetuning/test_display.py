@@ -31,7 +31,9 @@ def test_on_a_terminal_progress_is_a_bar(
         monkeypatch.setattr(sys, "stderr", terminal)
         with Progress(3, "step") as progress:
             progress.update(loss="1.234")
-        shown = os.read(master, 1 << 16).decode()
+        shown = ""
+        while "loss" not in shown:  # a terminal hands on what is written piece by piece
+            shown += os.read(master, 1 << 16).decode()
     os.close(master)
     assert re.search(r"33%.*1/3 \[.*<.*, loss=1.234\]", shown)
     assert caplog.messages == []

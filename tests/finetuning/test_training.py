@@ -142,7 +142,8 @@ def test_killed_run_resumes_to_the_same_losses(folder: Path, finished: Path) -> 
 
 def test_interrupted_run_says_how_to_resume(folder: Path) -> None:
     output, said = folder / "interrupted", folder / "interrupted.txt"
-    process = processes.start(arguments(folder, output), said)
+    endless = arguments(folder, output, "--epochs", "1000")
+    process = processes.start(endless, said)
     wait_until(lambda: lines_of(output) >= 1, process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
