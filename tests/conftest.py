@@ -1,5 +1,6 @@
 """Fixtures shared by test modules: Cog's server with the demo checkpoint, and a file server."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +12,10 @@ import pytest
 from tests.support.server import LocalServer, serving
 
 LOAD_SECONDS = 120.0
+
+# A shell makes its background jobs ignore Ctrl-C, and with them the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 FETCH_BYTES = 10_000_000  # limit of `server`
