@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,7 +78,6 @@ def test_merged_while_loaded_equals_a_merged_checkpoint(
 def test_adapter_from_peft_loads(
     name: str | None, base: Path, tmp_path: Path, *, rslora: bool
 ) -> None:
-    peft = pytest.importorskip("peft")
     folder = shutil.copytree(base, tmp_path / f"{INTERLEAVE}-bf16")
     model = XGenMM(read_config(folder))
     load_parameters(model, folder, device="cpu", dtype=torch.float32)
@@ -89,7 +89,7 @@ def test_adapter_from_peft_loads(
         init_lora_weights=False,
     )
     wrapped = peft.get_peft_model(model, config)
-    wrapped.save_pretrained(tmp_path / "peft")
+    wrapped.save_pretrained(str(tmp_path / "peft"))
     file = tmp_path / "peft" / CONFIG_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
     found = loaded(folder, read_adapter(tmp_path / "peft", folder))
