@@ -23,14 +23,7 @@ from pathlib import Path as LocalPath
 
 from cog import BasePredictor, Input, Path, streaming
 
-from serving.compat import (
-    Prediction,
-    SlotWatch,
-    dismiss,
-    temporary_folder,
-    watch_slots,
-    watch_worker,
-)
+from serving.compat import Prediction, SlotWatch, set_up_watched, temporary_folder
 from serving.inputs import check_url, read_url
 from serving.settings import fetch_limits, limits
 from serving.training import Training
@@ -72,17 +65,9 @@ class Finetuner(BasePredictor):
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL
-        self._watchdog = watch_worker()
-        try:
-            self._prepare()
-        except Exception:
-            if self._watchdog is not None:
-                dismiss(self._watchdog)  # the server stays to report why setup failed
-            raise
-        if self._watchdog is not None:
-            watch_slots(SlotWatch(1, UPLOAD_SECONDS, self.folder))
+        set_up_watched(self._prepare)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> SlotWatch:
         self.fetch_limits = fetch_limits(FETCH_SECONDS, FETCH_BYTES)
         self.archive_limits = limits("XGENMM_DATASET", ArchiveLimits())
         for package in ("accelerate", "peft"):
@@ -96,6 +81,7 @@ class Finetuner(BasePredictor):
         logger.info("can train %s", ", ".join(present))
         self.folder = temporary_folder("finetune")
         self._numbers = itertools.count(1)
+        return SlotWatch(1, UPLOAD_SECONDS, self.folder)
 
     @streaming
     def predict(

@@ -43,7 +43,7 @@ from cog import (
 
 import xgenmm
 from serving.adapters import AdapterEngine
-from serving.compat import Prediction, SlotWatch, dismiss, watch_slots, watch_worker
+from serving.compat import Prediction, SlotWatch, set_up_watched
 from serving.inputs import check_url, read_urls
 from serving.settings import PredictSettings
 from xgenmm import Engine, InputError, Request, SamplingParams
@@ -77,17 +77,9 @@ class Predictor(BasePredictor):
         """
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each URL
-        self._watchdog = watch_worker()
-        try:
-            self._load()
-        except Exception:
-            if self._watchdog is not None:
-                dismiss(self._watchdog)  # the server stays to report why setup failed
-            raise
-        if self._watchdog is not None:
-            watch_slots(SlotWatch(self.settings.at_once))
+        set_up_watched(self._load)
 
-    def _load(self) -> None:
+    def _load(self) -> SlotWatch:
         self.settings = settings = PredictSettings.from_environment()
         # Freeze imported objects so that garbage collection does not stall streams (for 0.2 s).
         gc.freeze()
@@ -102,6 +94,7 @@ class Predictor(BasePredictor):
         tiling, side = config.tiling, config.vision.image_size
         self.decoders = ImageDecoders(tiling, side, settings.decode_limits)
         self.decoders.start()
+        return SlotWatch(settings.at_once)
 
     def _load_engine(self, adapter: LocalPath | None) -> Engine:
         settings = self.settings

@@ -2,7 +2,7 @@
 
 - A stream that a coroutine returned is not cancelled: `Prediction.cancelled`.
 - The folder of a prediction stays on the disk: `Prediction`, `remove_old_folders`.
-- The server outlives its worker: `watch_worker`.
+- The server outlives its worker: `set_up_watched`.
 - A prediction whose folder cannot be made takes its slot for ever: `SlotWatch`.
 - A file that a prediction returns stays on the disk: `SlotWatch`.
 
@@ -172,10 +172,26 @@ def temporary_folder(kind: str) -> Path:
     return folder
 
 
-def watch_worker() -> subprocess.Popen[bytes] | None:
-    """Start the watchdog that ends Cog's server after this process, its worker, has died.
+def set_up_watched(set_up: Callable[[], "SlotWatch"]) -> None:
+    """Run the setup of a predictor; Cog's server ends after this process, its worker, has died.
 
-    Returns the process, for `dismiss`, or None if the parent of this process is not Cog's server.
+    set_up: returns how the server's slots are to be watched from then on. If it raises, the server
+        stays to report why. Without Cog's server nothing is watched.
+    """
+    watchdog = _watch_worker()
+    try:
+        slots = set_up()
+    except Exception:
+        if watchdog is not None:
+            watchdog.communicate(b"-")  # dismisses it
+        raise
+    if watchdog is not None:
+        threading.Thread(target=slots.run, name="xgenmm-slots", daemon=True).start()
+
+
+def _watch_worker() -> subprocess.Popen[bytes] | None:
+    """Start the watchdog; None if the parent of this process is not Cog's server.
+
     In Cog's `crates/coglet/src/orchestrator.rs`, `run_event_loop` ends, but not the server.
     """
     server = os.getppid()
@@ -191,14 +207,10 @@ def watch_worker() -> subprocess.Popen[bytes] | None:
         [sys.executable, "-I", program, str(server)], stdin=subprocess.PIPE, start_new_session=True
     )
     assert watchdog.stdin is not None
-    # A forked process that outlives this one must not keep the pipe open.
+    # A forked process that outlives this one must not keep the pipe open. This reference keeps it
+    # open here.
     os.register_at_fork(after_in_child=watchdog.stdin.close)
     return watchdog
-
-
-def dismiss(watchdog: subprocess.Popen[bytes]) -> None:
-    """Let the server live on after this process, which is about to end by itself."""
-    watchdog.communicate(b"-")
 
 
 @dataclass
@@ -238,7 +250,7 @@ class SlotWatch:
         return now - self.since >= self.patience
 
     def run(self) -> None:
-        """Watch the server; end this process, its worker, if slots are lost."""
+        """Watch the server and remove old folders; end this process if slots are lost."""
         while True:
             # Listed before the server is asked: what comes later may not have been read yet.
             results = list(self.results.iterdir()) if self.results else []
@@ -251,11 +263,6 @@ class SlotWatch:
             remove_old_folders()
         logger.error("Cog's server has lost slots, so it has to start again")
         os._exit(1)
-
-
-def watch_slots(watch: SlotWatch) -> None:
-    """Watch the server, and remove old folders, in a thread of their own."""
-    threading.Thread(target=watch.run, name="xgenmm-slots", daemon=True).start()
 
 
 def _server_status() -> str | None:
