@@ -14,6 +14,7 @@ from serving.inputs import POLL_SECONDS
 from xgenmm import InputError
 from xgenmm.errors import printable
 from xgenmm.files import read_json_object
+from xgenmm.finetuning.program import FAULT
 from xgenmm.finetuning.progress import LOG, SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,6 @@ MAX_LINES = 40  # of what the check prints
 MAX_FAULTS = 20
 LINE_LENGTH = 300
 MAX_OUTPUT = 1 << 20  # bytes read of what the process prints
-FAULT = "FAULT "
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ Those in English are of all kinds that the demo knows, to keep what it knows.
 
 import json
 import random
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from scripts.demo_finetune.italian import italian_questions
 from scripts.demo_model.drawing import draw
-from scripts.demo_model.fonts import find_fonts, split_fonts
+from scripts.demo_model.fonts import training_fonts
 from scripts.demo_model.pairs import sample_pair
 from scripts.demo_model.questions import sample_questions
 from scripts.demo_model.sampling import sample_scene
@@ -65,7 +64,7 @@ def write_dataset(folder: Path, mix: Mix | None = None) -> None:
 def _sample(mix: Mix) -> Iterator[tuple[tuple[Scene, ...], Sequence[QA]]]:
     """Sample one or two scenes at a time, and different questions on them."""
     rng = random.Random(DATA_SEED)
-    fonts = training_fonts()
+    fonts = training_fonts(system=False)  # those that the development requirements pin
     for _ in range(mix.images):
         scene = sample_scene(rng, fonts, level=1.0)
         asked = italian_questions(scene, rng, mix.italian)
@@ -73,11 +72,6 @@ def _sample(mix: Mix) -> Iterator[tuple[tuple[Scene, ...], Sequence[QA]]]:
     for _ in range(mix.pairs):
         first, second, asked = sample_pair(rng, fonts, 1.0, mix.english)
         yield (first, second), asked
-
-
-def training_fonts() -> list[Path]:
-    """Fonts of packages that the development requirements pin, but for those held out."""
-    return split_fonts(find_fonts([Path(sysconfig.get_path("purelib"))]))[0]
 
 
 def _record(qa: QA, images: Sequence[str]) -> dict[str, Any]:

@@ -85,9 +85,9 @@ def held_out_fonts() -> list[Path]:
     return split_fonts(find_fonts(folders))[1]
 
 
-def training_fonts() -> list[Path]:
-    """All other usable fonts of this machine, the system's and those of Python packages."""
-    folders = [Path("/usr/share/fonts"), Path(sysconfig.get_path("purelib"))]
+def training_fonts(*, system: bool = True) -> list[Path]:
+    """All other usable fonts of Python packages and, if `system`, of this machine."""
+    folders = [Path("/usr/share/fonts")] * system + [Path(sysconfig.get_path("purelib"))]
     return split_fonts(find_fonts(folders))[0]
 
 

@@ -45,6 +45,9 @@ Paths of images are relative to the file; URLs work too. Each <image> stands for
 it is checked first; nothing is trained while anything is wrong.
 """
 
+FAULT = "FAULT "
+"""What each line of a fault begins with."""
+
 
 def run(options: argparse.Namespace) -> int:
     """Run `xgenmm finetune`; return the exit status."""
@@ -109,7 +112,7 @@ def checked(
 def report_faults(report: Report) -> int:
     """Print every fault; return the exit status."""
     for fault in report.faults:
-        print(f"FAULT {fault}")
+        print(f"{FAULT}{fault}")
     samples, faults = len(report.positions), len(report.faults)
     print(f"{samples} sample{'s' * (samples != 1)}, {faults} fault{'s' * (faults != 1)}")
     return 1 if report.faults else 0
