@@ -21,7 +21,8 @@ predict: $(ENVIRONMENT) ## answer a question: make predict IMAGE=cat.jpg QUESTIO
 	@$(BIN)/python -m scripts.ask --image "$$IMAGE" --video "$$VIDEO" --question "$$QUESTION" --model "$$MODEL"
 
 test: $(TEST_ENVIRONMENT) ## run all tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone"
+	@$(BIN)/python -m pytest -m alone
 
 test-vllm: $(VLLM_ENVIRONMENT) ## test the vLLM plugin, in .venv-vllm
 	@.venv-vllm/bin/python -m pytest tests/vllm_plugin

@@ -88,6 +88,7 @@ def test_record_that_fails_gets_a_row_with_its_error(
     assert "9/9" in printed.err
 
 
+@pytest.mark.alone
 def test_ctrl_c_writes_the_answers_so_far(tmp_path: Path, checkpoint: Path) -> None:
     write_images(tmp_path / "images", 2)
     output = tmp_path / "out.jsonl"
